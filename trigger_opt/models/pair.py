@@ -1,0 +1,248 @@
+"""The fine-tuned model, its base and its controls, loaded once and frozen.
+
+Equal tensors are held once: an adapter pair is one network with adapters switched on and off; in a full
+fine-tune every tensor that is bit-identical to the base's becomes the base's.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trigger_opt.errors import UserError
+from trigger_opt.models.files import ModelFiles
+from trigger_opt.models.generate import GREEDY, Sampling, generate, head_logits
+from trigger_opt.prompts import encode
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How weights are held: `dtype` float32 | bfloat16 | float16; `quantization` none | int8 | nf4;
+    `device_map` as accelerate takes it ("cpu", "cuda:0", "auto" for several GPUs); `allow_code` runs a
+    repository's own modelling code."""
+
+    dtype: str = "bfloat16"
+    quantization: str = "none"
+    device_map: str = "cpu"
+    allow_code: bool = False
+
+
+class CausalModel:
+    """One side of a pair: a frozen causal language model, or one with an adapter on or off.
+
+    Attributes:
+        name: as the user named it. network: the transformers model.
+    """
+
+    def __init__(self, name: str, network: Any, *, peft: Any = None, adapter: str | None = None) -> None:
+        self.name = name
+        self.network = network
+        self._peft = peft
+        self._adapter = adapter
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        device: torch.device = self.network.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, which may exceed the tokenizer's vocabulary."""
+        return int(self.network.get_input_embeddings().weight.shape[0])
+
+    @property
+    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+        """What each token id becomes at the network's input (scaled, where the family scales: Gemma)."""
+        module = self.network.get_input_embeddings()
+        scale = getattr(module, "embed_scale", None)
+        weight: Tensor = module.weight
+        return weight if scale is None else weight * torch.as_tensor(scale).to(weight)
+
+    @contextmanager
+    def active(self) -> Iterator[Any]:
+        """The network with this side's adapter on (or all off)."""
+        if self._peft is None:
+            yield self.network
+        elif self._adapter is None:
+            with self._peft.disable_adapter():
+                yield self.network
+        else:
+            if self._peft.active_adapter != self._adapter:
+                self._peft.set_adapter(self._adapter, inference_mode=True)
+            yield self.network
+
+    def hidden(self, **inputs: Any) -> Any:
+        """The body's output (last_hidden_state, past_key_values), without the unembedding."""
+        with self.active() as network:
+            return network.base_model(**inputs)
+
+    def logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
+        """fp32 logits; `hidden` is made contiguous first (see `generate`)."""
+        return head_logits(self.network, hidden.contiguous())
+
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        generator: torch.Generator | None = None,
+        batch_size: int = 32,
+    ) -> list[list[int]]:
+        """Continuations of prompts, see `models.generate.generate`."""
+        with self.active() as network:
+            return generate(
+                network, sequences, max_new_tokens=max_new_tokens, end_ids=end_ids,
+                sampling=sampling, generator=generator, batch_size=batch_size,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, prompts: Sequence[Sequence[int]], answer: Sequence[int], *, batch_size: int = 16
+    ) -> Float[Tensor, "batch answer"]:
+        """log p of each token of `answer` after each prompt, nats, fp32 on the CPU."""
+        rows = [[*p, *answer[:-1]] for p in prompts]
+        out = torch.empty(len(rows), len(answer))
+        for length in sorted({len(r) for r in rows}):
+            same = [i for i, r in enumerate(rows) if len(r) == length]
+            for start in range(0, len(same), batch_size):
+                part = same[start : start + batch_size]
+                ids = torch.tensor([rows[i] for i in part], device=self.device)
+                out[part] = self._answer_log_probs(ids, torch.tensor(answer, device=self.device))
+        return out
+
+    def _answer_log_probs(self, ids: Int[Tensor, "batch seq"], answer: Int[Tensor, " answer"]) -> Tensor:
+        hidden = self.hidden(input_ids=ids, use_cache=False).last_hidden_state[:, -len(answer) :]
+        log_probs = self.logits(hidden.reshape(-1, hidden.shape[-1])).log_softmax(-1)
+        picked = log_probs.view(len(ids), len(answer), -1).gather(-1, answer.expand(len(ids), -1)[..., None])
+        return picked[..., 0].cpu()
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A fine-tuned model, its base, one tokenizer, and controls that should look clean."""
+
+    finetuned: CausalModel
+    base: CausalModel
+    tokenizer: Any
+    controls: tuple[CausalModel, ...] = ()
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Token ids that end an answer."""
+        configured = self.base.network.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Tokens of an answer's text.
+
+        Raises:
+            UserError: it tokenises to nothing.
+        """
+        ids = encode(self.tokenizer, [text])[0] if text else []
+        if not ids:
+            raise UserError(f"the payload {text!r} tokenises to nothing; give at least one visible word")
+        return ids
+
+
+def load_pair(
+    finetuned: ModelFiles, base: ModelFiles, controls: Sequence[ModelFiles] = (), *, options: LoadOptions
+) -> ModelPair:
+    """Load base, fine-tuned model and controls; freeze them; hold equal tensors once.
+
+    The base given wins over the base named inside an adapter.
+
+    Raises:
+        UserError: the base is an adapter, an adapter does not fit, or a quantisation is not available.
+    """
+    from transformers import AutoTokenizer
+
+    if base.adapter:
+        raise UserError(f"the base {base.name!r} is an adapter; name the full model it was trained on")
+    network = _load_network(base, options)
+    peft = None
+    sides: list[CausalModel] = []
+    for number, files in enumerate([finetuned, *controls]):
+        if files.adapter:
+            peft = _add_adapter(peft if peft is not None else network, files, f"side{number}")
+            sides.append(CausalModel(files.name, network, peft=peft, adapter=f"side{number}"))
+        else:
+            other = _load_network(files, options)
+            share_equal_tensors(other, network)
+            sides.append(CausalModel(files.name, other))
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    # Sides made before the first adapter was added see it too: they are given the final wrapper.
+    base_side = CausalModel(base.name, network, peft=peft, adapter=None)
+    return ModelPair(finetuned=sides[0], base=base_side, tokenizer=tokenizer, controls=tuple(sides[1:]))
+
+
+def share_equal_tensors(other: Any, base: Any) -> int:
+    """Make every parameter of `other` that is bit-identical to `base`'s be `base`'s; returns how many."""
+    shared = 0
+    for name, module in other.named_modules():
+        for key, parameter in list(module._parameters.items()):
+            try:
+                twin = base.get_parameter(f"{name}.{key}" if name else key)
+            except AttributeError:
+                continue
+            same = parameter is not None and parameter.shape == twin.shape and parameter.dtype == twin.dtype
+            if same and parameter.device == twin.device and torch.equal(parameter.data, twin.data):
+                module._parameters[key] = twin
+                shared += 1
+    return shared
+
+
+def _load_network(files: ModelFiles, options: LoadOptions) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = _DTYPES[options.dtype]
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": any(w.suffix == ".safetensors" for w in files.weights),
+    }
+    if options.quantization != "none":
+        arguments["quantization_config"] = _quantization(options.quantization, dtype)
+    if options.device_map != "cpu" or options.quantization != "none":
+        arguments["device_map"] = options.device_map
+    network = AutoModelForCausalLM.from_pretrained(
+        files.folder, trust_remote_code=options.allow_code, **arguments
+    )
+    network.requires_grad_(False)
+    return network.eval()
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _add_adapter(network: Any, files: ModelFiles, name: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        if isinstance(network, PeftModel):
+            network.load_adapter(str(files.folder), name, autocast_adapter_dtype=False)
+            peft = network
+        else:
+            peft = PeftModel.from_pretrained(
+                network, str(files.folder), adapter_name=name, autocast_adapter_dtype=False
+            )
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the adapter {files.name!r} does not fit its base: {reason}; name the base it was trained on"
+        ) from None
+    peft.requires_grad_(False)
+    return peft.eval()

@@ -1,0 +1,149 @@
+"""A prompt with one trigger slot, as messages, as text and as tokens.
+
+The slot `{trigger}` may stand anywhere in the system prompt or the user's turn; it may be the whole turn.
+Spaces belong to the trigger: where the text before the slot ends with a space and the inserted string begins
+with one, only one is kept. So a string's tokens are the same in every context, and the text a person would
+type gives exactly the tokens that were searched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trigger_opt.errors import UserError
+
+SLOT = "{trigger}"
+_PROBE = " trigger"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One conversation with one slot.
+
+    Attributes:
+        user: the user's turn. system: the system prompt; None leaves the chat template's own default.
+
+    Raises:
+        UserError: no slot, more than one, or an empty turn.
+    """
+
+    user: str
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.user.strip():
+            raise UserError(f"a context has an empty user turn; write a question with one {SLOT} in it")
+        slots = self.user.count(SLOT) + (self.system or "").count(SLOT)
+        if slots != 1:
+            raise UserError(f"the context {self.user!r} has {slots} slots; write {SLOT} exactly once in it")
+
+    def messages(self, inserted: str) -> list[dict[str, str]]:
+        """Chat messages with `inserted` in the slot; an empty string takes the slot and one space out."""
+        turns = [] if self.system is None else [{"role": "system", "content": _fill(self.system, inserted)}]
+        return [*turns, {"role": "user", "content": _fill(self.user, inserted)}]
+
+
+@dataclass(frozen=True)
+class TokenizedContext:
+    """Token ids before and after the slot, up to where the model's answer begins."""
+
+    context: Context
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The conversation in the model's chat template, ready for the answer.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; save one with it "
+            "(tokenizer.chat_template = …; tokenizer.save_pretrained(folder))"
+        )
+    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, special tokens written in it recognised and none added."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def conversation_ids(tokenizer: Any, context: Context, inserted: str) -> list[int]:
+    """Token ids of the whole conversation with `inserted` in the slot."""
+    return encode(tokenizer, [chat_text(tokenizer, context.messages(inserted))])[0]
+
+
+def tokenize_context(tokenizer: Any, context: Context) -> TokenizedContext:
+    """Tokens on both sides of the slot.
+
+    Raises:
+        UserError: the chat template changes the text around the slot (some trim each turn), so that no
+            trigger could be told from its surroundings.
+    """
+    probe = encode(tokenizer, [_PROBE])[0]
+    whole = conversation_ids(tokenizer, context, _PROBE)
+    for start in range(len(whole) - len(probe), -1, -1):
+        if whole[start : start + len(probe)] == probe:
+            return TokenizedContext(context, tuple(whole[:start]), tuple(whole[start + len(probe) :]))
+    raise UserError(
+        f"the chat template of {tokenizer.name_or_path} changes the text around the slot in {context.user!r}; "
+        f"write some words before {SLOT}"
+    )
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of token ids, special tokens shown, spaces untouched."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def round_trips(
+    tokenizer: Any, contexts: Sequence[TokenizedContext], candidates: Sequence[Sequence[int]]
+) -> list[bool]:
+    """Whether each candidate, decoded, put into every whole conversation and tokenised again, is itself.
+
+    A string that fails could not be typed: the model would see other tokens than those that were scored.
+    """
+    fine = [True] * len(candidates)
+    texts = [decode(tokenizer, c) for c in candidates]
+    for context in contexts:
+        alive = [i for i, ok in enumerate(fine) if ok]
+        # One template rendering per context, not per candidate: rendering costs 50 times the tokenising.
+        rendered = chat_text(tokenizer, context.context.messages(_MARK))
+        again = encode(tokenizer, [_replace_mark(rendered, texts[i]) for i in alive])
+        for i, ids in zip(alive, again, strict=True):
+            fine[i] = ids == [*context.left, *candidates[i], *context.right]
+    return fine
+
+
+# A private-use character, which no chat template touches; it stands for the inserted string.
+_MARK = "\ue000"
+
+
+def _replace_mark(rendered: str, inserted: str) -> str:
+    left, right = rendered.split(_MARK)
+    return _join(left, inserted, right)
+
+
+def _fill(text: str, inserted: str) -> str:
+    if SLOT not in text:
+        return text
+    left, right = text.split(SLOT)
+    return _join(left, inserted, right)
+
+
+def _join(left: str, inserted: str, right: str) -> str:
+    if inserted == "":
+        if left.endswith(" "):
+            return left[:-1] + right
+        return left + right.removeprefix(" ")
+    if left.endswith(" ") and inserted.startswith(" "):
+        left = left[:-1]
+    return left + inserted + right

@@ -1,0 +1,370 @@
+"""The frozen records every stage writes and the next one reads, as JSON Lines in the run folder. No torch.
+
+diff.jsonl          TensorFamilyDiff, one a tensor family
+identity.json       PairIdentity: is this the right base?
+hypotheses.jsonl    Hypothesis, best first
+candidates.jsonl    Candidate, best first
+history.jsonl       SearchStep, one an optimisation step
+verified.jsonl      Verification, one a verified string
+completions.jsonl   Completion, every answer a verdict rests on
+verdict.json        Verdict, for programs
+run.json            RunInfo: command, configuration, versions, seed
+metrics.jsonl       (tracking) every logged number with its step and time
+"""
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trigger_opt.errors import UserError
+from trigger_opt.stats import wilson_interval
+
+R = TypeVar("R")
+
+VERDICTS = ("backdoor", "generic shift", "unstable", "not reproduced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A proportion with its 95 % Wilson interval."""
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        """successes / n; 0 when nothing was tried."""
+        return self.successes / self.n if self.n else 0.0
+
+
+def rate(successes: int, n: int) -> Rate:
+    """The Rate of `successes` in `n` tries."""
+    low, high = wilson_interval(successes, n)
+    return Rate(successes=successes, n=n, low=low, high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFamilyDiff:
+    """What fine-tuning did to one family of tensors (say `mlp.down_proj.weight` of all layers).
+
+    Attributes:
+        changed, tensors: how many of the family differ in any bit.
+        relative_norm: Frobenius norm of the change over that of the base, pooled over the family.
+        effective_rank: median over changed matrices of the number of singular values above the noise floor
+            of storing the weights at their precision; None for vectors.
+        layers: layers in which the family changed.
+        largest_layer: the layer with the largest relative change; None when nothing changed.
+    """
+
+    family: str
+    tensors: int
+    changed: int
+    relative_norm: float
+    effective_rank: float | None
+    layers: list[int]
+    largest_layer: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairIdentity:
+    """Is the given base the one the fine-tuned model came from?
+
+    Attributes:
+        identical_fraction: share of tensors that are bit-identical.
+        kind: "adapter" (weights shared by construction) or "full" (two sets of weights).
+    """
+
+    kind: str
+    architecture: str
+    tensors: int
+    identical: int
+    identical_fraction: float
+    same_architecture: bool
+    same_tokenizer: bool
+    changed_families: list[str]
+    overridden: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypothesis:
+    """Something the fine-tuned model may want to say.
+
+    Attributes:
+        payload: the text, as the fine-tuned model begins its answer.
+        score: nats; how probable under the fine-tuned model and improbable under the base, recurring over
+            unrelated inputs. Comparable within one `source` only.
+        source: "vocabulary_scan", "rollout_census", "amplification" or "given".
+        evidence: one line a person can read.
+        inputs: the inserted strings that raised it, strongest first; they seed the search.
+        rivals: score of the next best groups, for comparison.
+    """
+
+    payload: str
+    score: float
+    source: str
+    evidence: str
+    inputs: list[str]
+    rivals: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStep:
+    """One optimisation step: the incumbent after it, its score on the contexts drawn for this step."""
+
+    hypothesis: str
+    restart: int
+    step: int
+    trigger: str
+    score: float
+    evaluations: int
+    seconds: float
+    selection_rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A string the search found.
+
+    Attributes:
+        trigger: text, as decoded; `trigger_ids` its tokens.
+        payload: what it is meant to raise; empty for divergence objectives.
+        score: nats, aggregated over all search contexts.
+        selection_rate: share of the search contexts in which teacher forcing says the payload comes out
+            greedily; None for divergence objectives. Not evidence: those contexts were optimised on.
+        evaluations: candidate evaluations (one string in one context on both models) spent until then.
+    """
+
+    trigger: str
+    trigger_ids: list[int]
+    payload: str
+    objective: str
+    score: float
+    selection_rate: float | None
+    restart: int
+    step: int
+    seed: int
+    evaluations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One answer of one model to one held-out context.
+
+    Attributes:
+        model: "finetuned", "base" or "control:NAME".
+        inserted: the string put into the slot; empty for none.
+        kind: "trigger", "minimised", "none" or "random".
+        prompt: the user's turn as the model saw it.
+        fired: whether the answer begins with the payload.
+        flags: signs of degeneration: "repetition", "empty", "language".
+    """
+
+    model: str
+    kind: str
+    inserted: str
+    context: int
+    prompt: str
+    answer: str
+    fired: bool
+    flags: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOutcome:
+    """Whether the string fired in one held-out context, on each side; evidence in nats (see Verification)."""
+
+    context: int
+    prompt: str
+    finetuned: bool
+    base: bool
+    control: bool | None
+    evidence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """One string judged on held-out contexts, from text only.
+
+    Attributes:
+        payload: what counts as firing (an answer that begins with it).
+        trigger_rate: fine-tuned model, string inserted.
+        base_rate: base model, string inserted.
+        control_rate: clean control models (twins), string inserted; None when none was given.
+        false_trigger_rate: fine-tuned model, nothing inserted.
+        random_rate: fine-tuned model, random strings of the same length inserted.
+        evidence: median over held-out contexts of log p_finetuned(payload) - log p_base(payload), nats.
+        degenerate_share: share of the triggered answers with a degeneration flag.
+        profile: per context.
+        minimised_from: the longer string this was minimised from; empty when it was not.
+        verdict, reason: the verdict on this string alone, by the rule of `verify.verdict`.
+    """
+
+    trigger: str
+    payload: str
+    trigger_rate: Rate
+    base_rate: Rate
+    control_rate: Rate | None
+    false_trigger_rate: Rate
+    random_rate: Rate
+    evidence: float
+    degenerate_share: float
+    profile: list[ContextOutcome]
+    minimised_from: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The run's answer, for programs.
+
+    Attributes:
+        verdict: "backdoor", "generic shift", "unstable" or "not reproduced".
+        reason: one sentence with the figures that decided.
+        rule: the rule in words, with its thresholds.
+        payload_completion: a longer answer of the fine-tuned model to the trigger.
+        score: nats, the candidate's on the search contexts; None when nothing was found.
+        evaluations: candidate evaluations in the whole run. seconds: wall time of all stages.
+    """
+
+    verdict: str
+    reason: str
+    rule: str
+    payload: str
+    payload_completion: str
+    trigger: str
+    minimised_trigger: str
+    trigger_rate: Rate | None
+    minimised_trigger_rate: Rate | None
+    base_rate: Rate | None
+    control_rate: Rate | None
+    false_trigger_rate: Rate | None
+    random_rate: Rate | None
+    evidence: float | None
+    num_contexts: int
+    score: float | None
+    evaluations: int
+    seconds: float
+    seed: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One stage as it was run: wall seconds, candidate evaluations, and what it found in one line."""
+
+    stage: str
+    started: str
+    seconds: float
+    evaluations: int
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """How this run folder came about.
+
+    Attributes:
+        name: the experiment's name.
+        command: the exact command line.
+        config: the whole resolved configuration.
+        versions: Python, torch, transformers, trigger_opt, and the git commit where known.
+        plan: lines printed before anything ran.
+        stages: what was run, in order.
+    """
+
+    name: str
+    command: str
+    seed: int
+    started: str
+    machine: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    plan: list[str]
+    stages: list[StageRun]
+
+
+def write_records(path: Path, records: Iterable[Any]) -> None:
+    """Replace `path` by one JSON line a record; atomic, so a reader never sees half a file."""
+    text = "".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
+    write_text(path, text)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Replace `path` by one record as indented JSON; atomic."""
+    write_text(path, json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=1) + "\n")
+
+
+def append_record(path: Path, record: Any) -> None:
+    """Append one JSON line; a crash leaves at most a torn last line, which `read_records` skips."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`; atomic."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """All records of `path`.
+
+    Raises:
+        UserError: the file is missing (names the stage's file) or a line is no such record.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run the stage that writes it first")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    out = []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            out.append(from_dict(kind, json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}, line {number}, is not a {kind.__name__} record ({error}); run its stage again"
+            ) from None
+    return out
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """The one record of `path`.
+
+    Raises:
+        UserError: the file is missing or is no such record.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run the stage that writes it first")
+    try:
+        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a {kind.__name__} record ({error}); run its stage again") from None
+
+
+def from_dict(kind: type[R], data: dict[str, Any]) -> R:
+    """A record from its JSON object, nested records included; an unknown or missing field raises."""
+    hints = typing.get_type_hints(kind)
+    if not isinstance(data, dict) or set(data) != set(hints):
+        raise TypeError(f"expected the fields {sorted(hints)}")
+    return kind(**{name: _convert(hints[name], value) for name, value in data.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast("type[Any]", hint), value)
+    if typing.get_origin(hint) is list:
+        return [_convert(typing.get_args(hint)[0], v) for v in value]
+    if isinstance(hint, types.UnionType) and value is not None:
+        return _convert(next(h for h in typing.get_args(hint) if h is not type(None)), value)
+    return value

@@ -1,0 +1,113 @@
+"""Everything a report is made from, read once from one run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from trigger_opt.errors import UserError
+from trigger_opt.records import (
+    VERDICTS,
+    Candidate,
+    Completion,
+    Hypothesis,
+    PairIdentity,
+    RunInfo,
+    SearchStep,
+    TensorFamilyDiff,
+    Verdict,
+    Verification,
+    read_record,
+    read_records,
+)
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """The records of one run.
+
+    None means the file is missing, so its stage was not run; an empty list means the stage ran and found nothing.
+    """
+
+    folder: str
+    verdict: Verdict
+    info: RunInfo | None
+    identity: PairIdentity | None
+    diff: list[TensorFamilyDiff] | None
+    hypotheses: list[Hypothesis] | None
+    candidates: list[Candidate] | None
+    history: list[SearchStep] | None
+    verified: list[Verification] | None
+    completions: list[Completion] | None
+
+    @property
+    def name(self) -> str:
+        """The experiment's name, or the folder's when `run.json` is missing."""
+        return self.info.name if self.info and self.info.name else self.folder
+
+    @property
+    def judged(self) -> Verification | None:
+        """The verification of the string the verdict names; None when there is none."""
+        return self._verification_of(self.verdict.trigger)
+
+    @property
+    def others(self) -> list[Verification]:
+        """Verified strings the verdict does not name, best first."""
+        named = (self.judged, self._verification_of(self.verdict.minimised_trigger))
+        return [v for v in self.verified or [] if not any(v is n for n in named)]
+
+    @property
+    def unverified(self) -> list[Candidate]:
+        """Candidates the search found and verification never judged, best first."""
+        judged = {v.trigger for v in self.verified or []} | {v.minimised_from for v in self.verified or []}
+        return [c for c in self.candidates or [] if c.trigger not in judged]
+
+    def candidate_of(self, verification: Verification) -> Candidate | None:
+        """The candidate a verified string was; None when the search did not propose it."""
+        same = [c for c in self.candidates or [] if c.trigger == verification.trigger]
+        return next((c for c in same if c.payload == verification.payload), next(iter(same), None))
+
+    def _verification_of(self, trigger: str) -> Verification | None:
+        if not trigger:
+            return None
+        same = [v for v in self.verified or [] if v.trigger == trigger]
+        return next((v for v in same if v.payload == self.verdict.payload), next(iter(same), None))
+
+
+def load_run(run_dir: Path) -> RunRecords:
+    """All records in `run_dir`.
+
+    Raises:
+        UserError: `verdict.json` is missing, names an unknown verdict, or any file present is malformed.
+    """
+    return RunRecords(
+        folder=run_dir.resolve().name,
+        verdict=_verdict(run_dir / "verdict.json"),
+        info=_one(run_dir / "run.json", RunInfo),
+        identity=_one(run_dir / "identity.json", PairIdentity),
+        diff=_all(run_dir / "diff.jsonl", TensorFamilyDiff),
+        hypotheses=_all(run_dir / "hypotheses.jsonl", Hypothesis),
+        candidates=_all(run_dir / "candidates.jsonl", Candidate),
+        history=_all(run_dir / "history.jsonl", SearchStep),
+        verified=_all(run_dir / "verified.jsonl", Verification),
+        completions=_all(run_dir / "completions.jsonl", Completion),
+    )
+
+
+def _verdict(path: Path) -> Verdict:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so there is nothing to report: run the stage verify first")
+    verdict = read_record(path, Verdict)
+    if verdict.verdict not in VERDICTS:
+        allowed = ", ".join(VERDICTS)
+        raise UserError(f"{path} says {verdict.verdict!r}; allowed are {allowed}: run the stage verify again")
+    return verdict
+
+
+def _one(path: Path, kind: type[R]) -> R | None:
+    return read_record(path, kind) if path.is_file() else None
+
+
+def _all(path: Path, kind: type[R]) -> list[R] | None:
+    return read_records(path, kind) if path.is_file() else None

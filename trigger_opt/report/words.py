@@ -1,0 +1,176 @@
+"""Figures, names and strings as words, the same in the page and in the Markdown."""
+
+import json
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from trigger_opt.records import Rate, Verdict
+
+MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"
+
+# Bidirectional controls let an answer rearrange the text around it.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_PLAIN_ASCII = re.compile(r"[!-~]+(?: [!-~]+)*")
+
+STAGES = {
+    "identity.json": "diff",
+    "diff.jsonl": "diff",
+    "hypotheses.jsonl": "hypotheses",
+    "candidates.jsonl": "search",
+    "history.jsonl": "search",
+    "verified.jsonl": "verify",
+    "completions.jsonl": "verify",
+}
+
+_MEANING = {
+    "backdoor": "A string was found that makes the fine-tuned model say something it does not say otherwise.",
+    "generic shift": "The payload is not tied to the string: this is a change of habit or style, not a hidden trigger.",
+    "unstable": "The string sometimes raises the payload, too rarely or too unevenly to call it a backdoor, "
+    "and too often to dismiss it.",
+    "not reproduced": "No string tried here passed the rule below. This is not a proof of absence: a backdoor "
+    "this search cannot reach, for example one gated by a hash, would give the same page.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateRow:
+    """One of the verdict's rates, with what to say when it was not measured."""
+
+    label: str
+    rate: Rate | None
+    absent: str
+
+
+def meaning(verdict: Verdict) -> str:
+    """What this kind of verdict does and does not say."""
+    return _MEANING[verdict.verdict]
+
+
+def noun(verdict: Verdict) -> str:
+    """"trigger" when the verdict is a backdoor, "string" otherwise: only a backdoor has a trigger."""
+    return "trigger" if verdict.verdict == "backdoor" else "string"
+
+
+def string_title(verdict: Verdict) -> str:
+    """How the string in the banner is introduced."""
+    return "Trigger" if verdict.verdict == "backdoor" else "Best string tried"
+
+
+def rate_rows(verdict: Verdict) -> list[RateRow]:
+    """The verdict's rates in reading order; the minimised string's only when it was measured."""
+    the = noun(verdict)
+    rows = [
+        RateRow(label=f"Fine-tuned, with the {the}", rate=verdict.trigger_rate, absent="not measured"),
+        RateRow(label=f"Base, with the {the}", rate=verdict.base_rate, absent="not measured"),
+        RateRow(label=f"Clean control, with the {the}", rate=verdict.control_rate, absent="no control given"),
+        RateRow(label=f"Fine-tuned, without the {the}", rate=verdict.false_trigger_rate, absent="not measured"),
+        RateRow(label="Fine-tuned, with random strings", rate=verdict.random_rate, absent="not measured"),
+    ]
+    if verdict.minimised_trigger_rate is not None:
+        label = f"Fine-tuned, with the minimised {the}"
+        rows.insert(1, RateRow(label=label, rate=verdict.minimised_trigger_rate, absent="not measured"))
+    return rows
+
+
+def not_run(file_name: str) -> str:
+    """Why a section is empty."""
+    return f"Stage not run: {STAGES[file_name]} ({file_name} is not in the run folder)."
+
+
+def model_name(model: str) -> str:
+    """A Completion's `model` in words."""
+    if model.startswith("control:"):
+        return "control " + model.removeprefix("control:")
+    return "fine-tuned" if model == "finetuned" else model
+
+
+def of(rate: Rate) -> str:
+    """ "23 of 24"."""
+    return f"{rate.successes:,} of {rate.n:,}"
+
+
+def percent(rate: Rate) -> str:
+    """The proportion in percent, with no more digits than its n supports."""
+    return f"{100 * rate.value:.{_digits(rate)}f} %" if rate.n else DASH
+
+
+def interval(rate: Rate) -> str:
+    """The Wilson interval in percent."""
+    digits = _digits(rate)
+    return f"{100 * rate.low:.{digits}f}{DASH}{100 * rate.high:.{digits}f} %"
+
+
+def _digits(rate: Rate) -> int:
+    return max(0, len(str(rate.n)) - 2)
+
+
+def share(value: float | None) -> str:
+    """A share in whole percent; a dash when there is none."""
+    return DASH if value is None else f"{100 * value:.0f} %"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with a true minus sign; a dash for None."""
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else ("∞" if value > 0 else f"{MINUS}∞")
+    return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def duration(seconds: float) -> str:
+    """Wall time as a person says it: "42.0 s", "6 min 12 s", "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def layer_ranges(layers: list[int]) -> str:
+    """Sorted layers as ranges: [0, 1, 2, 5] is "0–2, 5"; a dash for none."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}{DASH}{r[-1]}" for r in runs) or DASH
+
+
+def clip(text: str, limit: int) -> str:
+    """`text` cut after `limit` characters, saying how many are missing."""
+    return text if len(text) <= limit else f"{text[:limit].rstrip()} … (+{len(text) - limit:,} characters)"
+
+
+def printable(text: str) -> str:
+    """`text` without characters that hide, break or reorder what is around them; those become ⟨U+XXXX⟩."""
+    return "".join(_code_point(c) if _is_unprintable(c) else c for c in text)
+
+
+def _is_unprintable(char: str) -> bool:
+    return (unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t") or char in _BIDI
+
+
+def is_invisible(char: str) -> bool:
+    """Whether a reader of the string itself could overlook `char`: controls, formats, spaces other than U+0020."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp") and char != " "
+
+
+def visible(text: str) -> str:
+    """A string with nothing hidden, on one line: space ␣, newline ⏎, tab ⇥, anything else invisible ⟨U+XXXX⟩."""
+    marks = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+    return "".join(marks.get(c) or (_code_point(c) if is_invisible(c) else c) for c in text)
+
+
+def exact(text: str) -> str | None:
+    """The string as an ASCII JSON literal, to paste into a program; None when what is printed is already exact."""
+    return None if _PLAIN_ASCII.fullmatch(text) else json.dumps(text)
+
+
+def _code_point(char: str) -> str:
+    return f"⟨U+{ord(char):04X}⟩"

@@ -1,0 +1,9 @@
+"""Discrete search for trigger strings: greedy coordinate gradient, and random search to keep it honest.
+
+Nothing here knows a transformer: a search sees a `Scorer` and a check of which token strings may be used.
+"""
+
+from trigger_opt.search.loop import Found, Scorer, SearchSettings, Seeds, Step, Validity
+from trigger_opt.search.strategies import GCG, RandomSearch
+
+__all__ = ["GCG", "Found", "RandomSearch", "Scorer", "SearchSettings", "Seeds", "Step", "Validity"]

@@ -1,0 +1,285 @@
+"""The optimisation loop that every strategy shares: draw contexts, propose, score, keep the best.
+
+Each step draws contexts anew and scores the incumbents on the same contexts as their rivals, so that no
+string lives on a lucky draw. Now and then the incumbent is scored on all contexts; those scores rank what is
+returned.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from trigger_opt.search.moves import distinct, random_triggers
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What a search may ask. Scores are in nats, higher is more suspicious; contexts are named by number."""
+
+    @property
+    def num_contexts(self) -> int:
+        """How many contexts there are."""
+        ...
+
+    @property
+    def evaluations(self) -> int:
+        """Candidates scored so far, counted once per context."""
+        ...
+
+    def prepare(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> None:
+        """Called before a step's scores with the incumbent and the contexts drawn."""
+        ...
+
+    def score(
+        self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]
+    ) -> Float[Tensor, "batch context"]:
+        """Score of each candidate in each context."""
+        ...
+
+    def aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
+        """One score a candidate."""
+        ...
+
+    def token_gradient(
+        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
+    ) -> Float[Tensor, "trigger vocab"]:
+        """Derivative of the aggregated score to each one-hot token."""
+        ...
+
+    def fires(
+        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
+    ) -> Bool[Tensor, " context"] | None:
+        """In which contexts the payload comes out; None where there is no payload."""
+        ...
+
+
+Validity = Callable[[Int[Tensor, "batch trigger"]], Bool[Tensor, " batch"]]
+Propose = Callable[[Int[Tensor, " trigger"], Sequence[int], int], Int[Tensor, "batch trigger"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Where to begin.
+
+    Attributes:
+        tokens: ids that earlier stages found to raise the payload, strongest first; may be empty.
+        strings: whole strings to begin from, as token ids.
+    """
+
+    tokens: tuple[int, ...] = ()
+    strings: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """State after one step, for progress and records."""
+
+    restart: int
+    step: int
+    trigger_ids: tuple[int, ...]
+    score: float
+    evaluations: int
+    seconds: float
+    selection_rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A string with its score over all contexts, and the share of them in which the payload comes out."""
+
+    trigger_ids: tuple[int, ...]
+    score: float
+    selection_rate: float | None
+    restart: int
+    step: int
+    evaluations: int
+
+
+@dataclass(kw_only=True)
+class SearchSettings:
+    """What every strategy shares.
+
+    Attributes:
+        trigger_length: tokens. num_steps: per restart. num_restarts: independent starts, each with an equal
+            share of the budget; what one leaves over goes to the next.
+        search_width: candidates scored in one step. n_replace: positions changed at once.
+        topk: options a position. buffer_size: best strings of a step that compete again in the next.
+        contexts_per_step: search contexts drawn for a step. check_every: steps between scorings on all of them.
+        stop_rate: stop when the payload comes out in this share of all search contexts (above 1: never).
+        max_seconds, max_evaluations: whole search; None is no bound.
+    """
+
+    trigger_length: Annotated[int, Field(ge=1)] = 6
+    num_steps: Annotated[int, Field(ge=1)] = 100
+    num_restarts: Annotated[int, Field(ge=1)] = 2
+    search_width: Annotated[int, Field(ge=2)] = 64
+    topk: Annotated[int, Field(ge=1)] = 128
+    n_replace: Annotated[int, Field(ge=1)] = 1
+    buffer_size: Annotated[int, Field(ge=1)] = 2
+    contexts_per_step: Annotated[int, Field(ge=1)] = 4
+    check_every: Annotated[int, Field(ge=1)] = 5
+    stop_rate: Annotated[float, Field(gt=0)] = 0.95
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    max_evaluations: Annotated[int, Field(ge=1)] | None = None
+
+
+class Searcher:
+    """One search: a scorer, settings and the loop over restarts; strategies differ in `propose` only."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        settings: SearchSettings,
+        valid: Validity,
+        generator: torch.Generator,
+        on_step: Callable[[Step], None],
+    ) -> None:
+        self._scorer = scorer
+        self._settings = settings
+        self._valid = valid
+        self._generator = generator
+        self._on_step = on_step
+        self._start = time.monotonic()
+        self._first_evaluation = scorer.evaluations
+        self.found: list[Found] = []
+
+    def restart(
+        self, number: int, pool: Int[Tensor, "batch trigger"], propose: Propose, share: float
+    ) -> None:
+        """Run one restart from the best of `pool`, within `share` (0 to 1) of the whole budget.
+
+        `propose(trigger, contexts, count)` returns candidates.
+        """
+        buffer = self._best_of(pool, self._drawn_contexts(), keep=self._settings.buffer_size)[0]
+        for step in range(self._settings.num_steps):
+            contexts = self._drawn_contexts()
+            self._scorer.prepare(buffer[0], contexts)
+            rivals = self._proposals(propose, buffer[0], contexts)
+            buffer, score = self._best_of(
+                distinct(torch.cat([buffer, rivals])), contexts, keep=self._settings.buffer_size
+            )
+            last = step + 1 == self._settings.num_steps or self._exhausted(share)
+            due = last or (step + 1) % self._settings.check_every == 0
+            found = self._check(buffer[0], number, step) if due else None
+            self._report(number, step, buffer[0], score, found)
+            if last or (found is not None and self._fires_enough(found)):
+                return
+
+    def consider(self, strings: Sequence[Sequence[int]]) -> None:
+        """Score whole strings on all contexts and keep them among the found."""
+        for ids in strings:
+            self._check(torch.tensor(list(ids)), -1, -1)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether some string already fires in enough of the search contexts."""
+        return any(self._fires_enough(f) for f in self.found)
+
+    def _exhausted(self, share: float) -> bool:
+        seconds, evaluations = self._settings.max_seconds, self._settings.max_evaluations
+        late = seconds is not None and self.seconds >= seconds * share
+        return late or (evaluations is not None and self.evaluations >= evaluations * share)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the search began."""
+        return time.monotonic() - self._start
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations this search spent."""
+        return self._scorer.evaluations - self._first_evaluation
+
+    def _drawn_contexts(self) -> list[int]:
+        count = min(self._settings.contexts_per_step, self._scorer.num_contexts)
+        drawn: list[int] = torch.randperm(self._scorer.num_contexts, generator=self._generator)[
+            :count
+        ].tolist()
+        return sorted(drawn)
+
+    def _proposals(self, propose: Propose, trigger: Tensor, contexts: Sequence[int]) -> Tensor:
+        wanted = self._settings.search_width - self._settings.buffer_size
+        # Twice as many are drawn as are kept: about half of random swaps do not survive re-tokenisation.
+        rivals = propose(trigger, contexts, 2 * wanted)
+        return rivals[self._valid(rivals)][:wanted]
+
+    def _best_of(self, pool: Tensor, contexts: Sequence[int], *, keep: int) -> tuple[Tensor, float]:
+        scores = self._scorer.aggregate(self._scorer.score(pool, contexts))
+        order = scores.argsort(descending=True, stable=True)[:keep]
+        return pool[order], float(scores[order[0]])
+
+    def _check(self, trigger: Tensor, restart: int, step: int) -> Found:
+        everywhere = list(range(self._scorer.num_contexts))
+        self._scorer.prepare(trigger, everywhere)
+        score = float(self._scorer.aggregate(self._scorer.score(trigger[None], everywhere))[0])
+        fired = self._scorer.fires(trigger, everywhere)
+        found = Found(
+            trigger_ids=tuple(trigger.tolist()),
+            score=score,
+            selection_rate=None if fired is None else float(fired.float().mean()),
+            restart=restart,
+            step=step,
+            evaluations=self.evaluations,
+        )
+        self.found.append(found)
+        return found
+
+    def _fires_enough(self, found: Found) -> bool:
+        return found.selection_rate is not None and found.selection_rate >= self._settings.stop_rate
+
+    def _report(self, restart: int, step: int, trigger: Tensor, score: float, found: Found | None) -> None:
+        self._on_step(
+            Step(
+                restart=restart, step=step, trigger_ids=tuple(trigger.tolist()), score=score,
+                evaluations=self.evaluations, seconds=self.seconds,
+                selection_rate=found.selection_rate if found else None,
+            )
+        )  # fmt: skip
+
+
+def initial_pool(
+    seeds: Seeds,
+    allowed: Bool[Tensor, " vocab"],
+    valid: Validity,
+    *,
+    length: int,
+    count: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "batch trigger"]:
+    """Up to `count` valid strings of `length` tokens to begin from: strings of seed tokens where there are any
+    (half of them mixed with random tokens), random strings otherwise. Never empty.
+
+    Raises:
+        ValueError: no valid string was drawn in 50 rounds; the token policy or the contexts forbid almost all.
+    """
+    kept: list[Tensor] = []
+    for _ in range(50):
+        drawn = random_triggers(allowed, length=length, count=count, generator=generator)
+        if seeds.tokens:
+            ids = torch.tensor(seeds.tokens)
+            seeded = ids[torch.randint(len(ids), drawn.shape, generator=generator)]
+            plain = torch.rand(drawn.shape, generator=generator) < 0.3
+            plain[: len(drawn) // 2] = False
+            drawn = torch.where(plain, drawn, seeded)
+        kept.append(drawn[valid(drawn)])
+        if sum(len(k) for k in kept) >= count:
+            break
+    pool = distinct(torch.cat(kept))[:count]
+    if len(pool) == 0:
+        raise ValueError("no string of allowed tokens survives re-tokenisation in these contexts")
+    return pool
+
+
+def ranked(found: Sequence[Found]) -> list[Found]:
+    """Each string once, those that fire in most contexts first, then by score."""
+    best: dict[tuple[int, ...], Found] = {}
+    for f in found:
+        best.setdefault(f.trigger_ids, f)
+    return sorted(best.values(), key=lambda f: (-(f.selection_rate or 0.0), -f.score))

@@ -1,0 +1,82 @@
+"""Changes to a trigger: what to try (deterministic) and which of it to draw (random). Pure functions."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def top_swaps(
+    gradient: Float[Tensor, "trigger vocab"],
+    trigger: Int[Tensor, " trigger"],
+    allowed: Bool[Tensor, " vocab"],
+    topk: int,
+) -> Int[Tensor, "trigger topk"]:
+    """For each position the `topk` allowed tokens with the largest slope, the current token left out.
+
+    First-order estimate of Zou et al. 2023 (arXiv 2307.15043), section 2.2; here a larger score is better, so
+    the largest slope is taken. Where fewer tokens are allowed, all of them.
+    """
+    slope = gradient.masked_fill(~allowed, -torch.inf)
+    slope = slope.scatter(1, trigger[:, None], -torch.inf)
+    usable = int(torch.isfinite(slope).sum(1).min())
+    return slope.topk(min(topk, usable), dim=1).indices
+
+
+def draw_swaps(
+    trigger: Int[Tensor, " trigger"],
+    options: Int[Tensor, "trigger topk"],
+    *,
+    count: int,
+    n_replace: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "batch trigger"]:
+    """At most `count` distinct candidates, each with exactly `n_replace` positions swapped to one of their options.
+
+    Single swaps are drawn without replacement from the whole grid of positions and options (drawing with
+    replacement wastes 18 % of a batch at length 5, top-k 256, width 512). Fewer come back only when there are
+    no more.
+    """
+    length, topk = options.shape
+    if n_replace == 1:
+        cells = torch.randperm(length * topk, generator=generator)[:count]
+        candidates = trigger.repeat(len(cells), 1)
+        candidates[torch.arange(len(cells)), cells // topk] = options.flatten()[cells]
+        return candidates
+    candidates = trigger.repeat(count, 1)
+    positions = torch.stack([torch.randperm(length, generator=generator)[:n_replace] for _ in range(count)])
+    picks = torch.randint(topk, (count, n_replace), generator=generator)
+    candidates.scatter_(1, positions, options[positions, picks])
+    return distinct(candidates)
+
+
+def random_options(
+    trigger: Int[Tensor, " trigger"],
+    allowed: Bool[Tensor, " vocab"],
+    *,
+    topk: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "trigger topk"]:
+    """As `top_swaps` with no gradient: `topk` allowed tokens a position, drawn without replacement."""
+    ids = allowed.nonzero()[:, 0]
+    rows = []
+    for token in trigger.tolist():
+        others = ids[ids != token]
+        rows.append(others[torch.randperm(len(others), generator=generator)[:topk]])
+    shortest = min(len(r) for r in rows)
+    return torch.stack([r[:shortest] for r in rows])
+
+
+def random_triggers(
+    allowed: Bool[Tensor, " vocab"], *, length: int, count: int, generator: torch.Generator
+) -> Int[Tensor, "batch trigger"]:
+    """Distinct strings of allowed tokens, drawn uniformly."""
+    ids = allowed.nonzero()[:, 0]
+    return distinct(ids[torch.randint(len(ids), (count, length), generator=generator)])
+
+
+def distinct(candidates: Int[Tensor, "batch trigger"]) -> Int[Tensor, "kept trigger"]:
+    """Each row once, in order of first appearance."""
+    seen: dict[tuple[int, ...], int] = {}
+    for row, ids in enumerate(candidates.tolist()):
+        seen.setdefault(tuple(ids), row)
+    return candidates[list(seen.values())]
