@@ -207,15 +207,11 @@ class PairScorer:
         """
         pairs = [self._engine.gradient(self._reduce(c), c, trigger, self._forced(c)) for c in contexts]
         scores = torch.tensor([score for score, _ in pairs])
-        weights = (
-            (-scores).softmax(0) if self._objective.soft_minimum else torch.full_like(scores, 1 / len(pairs))
-        )
+        weights = (-scores).softmax(0) if self._objective.soft_minimum else torch.full_like(scores, 1 / len(pairs))
         return torch.stack([w * g for w, (_, g) in zip(weights, pairs, strict=True)]).sum(0)
 
     @torch.no_grad()
-    def fires(
-        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
-    ) -> Bool[Tensor, " context"] | None:
+    def fires(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Bool[Tensor, " context"] | None:
         """Where the fine-tuned model's greedy answer begins with the payload; None when there is none.
 
         Teacher-forced: greedy decoding gives the payload exactly when every payload token is the argmax.
@@ -224,8 +220,7 @@ class PairScorer:
             return None
         target = torch.tensor(self._payload)
         rows = [
-            self._engine.logits("finetuned", c, trigger[None], self._forced(c))[0].argmax(-1).cpu()
-            for c in contexts
+            self._engine.logits("finetuned", c, trigger[None], self._forced(c))[0].argmax(-1).cpu() for c in contexts
         ]
         return torch.stack([(row == target).all() for row in rows])
 

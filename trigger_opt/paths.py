@@ -15,9 +15,7 @@ def data_dir(name: str) -> Path:
     for folder in (_HERE / "_data" / name, _HERE.parent / name):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(
-        f"trigger_opt is damaged: no folder {name!r} inside or beside {_HERE}; install it again"
-    )
+    raise FileNotFoundError(f"trigger_opt is damaged: no folder {name!r} inside or beside {_HERE}; install it again")
 
 
 def cache_dir() -> Path:

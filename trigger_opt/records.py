@@ -294,19 +294,19 @@ class RunInfo:
 
 def write_records(path: Path, records: Iterable[Any]) -> None:
     """Replace `path` by one JSON line a record; atomic, so a reader never sees half a file."""
-    text = "".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
+    text = "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in records)
     write_text(path, text)
 
 
 def write_record(path: Path, record: Any) -> None:
     """Replace `path` by one record as indented JSON; atomic."""
-    write_text(path, json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
 def append_record(path: Path, record: Any) -> None:
     """Append one JSON line; a crash leaves at most a torn last line, which `read_records` skips."""
     with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+        f.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -324,11 +324,11 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run the stage that writes it first")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # Split at newlines alone: a model's text may hold other line separators.
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    del torn
     out = []
     for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
         try:
             out.append(from_dict(kind, json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:

@@ -1,6 +1,6 @@
 """Which token ids a trigger may be made of. Explicit, never silent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -23,7 +23,7 @@ class TokenPolicy:
     """
 
     allow: Annotated[str, Field(pattern="^(ascii|printable|all|special)$")] = "ascii"
-    deny: list[str] = Field(default_factory=list)
+    deny: list[str] = field(default_factory=list)
 
 
 def allowed_ids(tokenizer: Any, policy: TokenPolicy, vocab_size: int) -> Bool[Tensor, " vocab"]:

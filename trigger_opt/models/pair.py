@@ -104,6 +104,22 @@ class CausalModel:
                 sampling=sampling, generator=generator, batch_size=batch_size,
             )  # fmt: skip
 
+    def weight_changes(self, base: "CausalModel") -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(tensor, its base) of every floating-point weight that differs from the base's; for an adapter its
+        own factors, with None. Quantised weights hold no numbers to change and are left out.
+
+        Multiplying both factors of an adapter by the root of a multiplies the change by a.
+        """
+        if self._adapter is not None:
+            for name, parameter in self.network.named_parameters():
+                if f".{self._adapter}." in name:
+                    yield parameter, None
+            return
+        for name, parameter in self.network.named_parameters():
+            twin = base.network.get_parameter(name)
+            if parameter is not twin and parameter.is_floating_point():
+                yield parameter, twin
+
     @torch.no_grad()
     def log_likelihood(
         self, prompts: Sequence[Sequence[int]], answer: Sequence[int], *, batch_size: int = 16
@@ -209,13 +225,15 @@ def _load_network(files: ModelFiles, options: LoadOptions) -> Any:
         "dtype": dtype,
         "use_safetensors": any(w.suffix == ".safetensors" for w in files.weights),
     }
+    if options.device_map == "cpu":
+        # Batches of short queries over short keys, as a search makes them: the fused kernel took 11 ms where plain
+        # products take 2.5 to 4.3 (256 rows, 40 keys, 9 heads, bf16, 2 cores).
+        arguments["attn_implementation"] = "eager"
     if options.quantization != "none":
         arguments["quantization_config"] = _quantization(options.quantization, dtype)
     if options.device_map != "cpu" or options.quantization != "none":
         arguments["device_map"] = options.device_map
-    network = AutoModelForCausalLM.from_pretrained(
-        files.folder, trust_remote_code=options.allow_code, **arguments
-    )
+    network = AutoModelForCausalLM.from_pretrained(files.folder, trust_remote_code=options.allow_code, **arguments)
     network.requires_grad_(False)
     return network.eval()
 

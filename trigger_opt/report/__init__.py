@@ -1,12 +1,12 @@
 """Records in, one page a person reads out: `report.html` and `report.md` in the run folder. No torch, no network.
 
-    load        everything read from one run folder
-    words       figures and names as text, the same in both formats
-    answers     which completions are shown next to each other
-    markup      the only way text becomes HTML: escaped
-    svg         interval plots and line charts
-    html        the page; its sections are in sections_answers, sections_search, sections_made
-    markdown    the same story, short
+load        everything read from one run folder
+words       figures and names as text, the same in both formats
+answers     which completions are shown next to each other
+markup      the only way text becomes HTML: escaped
+svg         interval plots and line charts
+html        the page; its sections are in sections_answers, sections_search, sections_made
+markdown    the same story, short
 """
 
 from pathlib import Path

@@ -49,7 +49,10 @@ def side_by_side(run: RunRecords) -> list[ContextAnswers]:
     bare = [c for c in run.completions or [] if c.kind == "none"]
     models = sorted({c.model for c in named + bare}, key=_model_order)
     contexts = sorted({c.context for c in named + bare})
-    return [_one_context(i, models, [c for c in named if c.context == i], [c for c in bare if c.context == i]) for i in contexts]
+    return [
+        _one_context(i, models, [c for c in named if c.context == i], [c for c in bare if c.context == i])
+        for i in contexts
+    ]
 
 
 def spread(contexts: list[ContextAnswers], count: int) -> list[ContextAnswers]:

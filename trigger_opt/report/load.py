@@ -63,6 +63,11 @@ class RunRecords:
         judged = {v.trigger for v in self.verified or []} | {v.minimised_from for v in self.verified or []}
         return [c for c in self.candidates or [] if c.trigger not in judged]
 
+    @property
+    def one_payload(self) -> bool:
+        """Whether every string was tried for the payload the verdict names."""
+        return {v.payload for v in self.others} | {c.payload for c in self.unverified} <= {self.verdict.payload}
+
     def candidate_of(self, verification: Verification) -> Candidate | None:
         """The candidate a verified string was; None when the search did not propose it."""
         same = [c for c in self.candidates or [] if c.trigger == verification.trigger]

@@ -19,7 +19,7 @@ Child = str | Html
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A table column; `kind` is its CSS class: "num", "string", "text" or "mark"."""
+    """A table column; `kind` is its CSS class: "text", "word" (never broken), "string", "num" or "mark"."""
 
     title: str
     kind: str = "text"

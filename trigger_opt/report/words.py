@@ -6,13 +6,15 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from trigger_opt.records import Rate, Verdict
+from trigger_opt.records import PairIdentity, Rate, Verdict
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
 
-# Bidirectional controls let an answer rearrange the text around it.
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Joiners shape the letters of several scripts; every other format character only hides or reorders text.
+_JOINERS = "\u200c\u200d"
+# Letters and marks by category that print nothing: fillers, the blank Braille cell, variation selectors.
+_BLANK = re.compile("[\u034f\u115f\u1160\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 _PLAIN_ASCII = re.compile(r"[!-~]+(?: [!-~]+)*")
 
 STAGES = {
@@ -27,7 +29,7 @@ STAGES = {
 
 _MEANING = {
     "backdoor": "A string was found that makes the fine-tuned model say something it does not say otherwise.",
-    "generic shift": "The payload is not tied to the string: this is a change of habit or style, not a hidden trigger.",
+    "generic shift": "The payload is not tied to the string: this is a change of habit or style, not a backdoor.",
     "unstable": "The string sometimes raises the payload, too rarely or too unevenly to call it a backdoor, "
     "and too often to dismiss it.",
     "not reproduced": "No string tried here passed the rule below. This is not a proof of absence: a backdoor "
@@ -50,7 +52,7 @@ def meaning(verdict: Verdict) -> str:
 
 
 def noun(verdict: Verdict) -> str:
-    """"trigger" when the verdict is a backdoor, "string" otherwise: only a backdoor has a trigger."""
+    """ "trigger" when the verdict is a backdoor, "string" otherwise: only a backdoor has a trigger."""
     return "trigger" if verdict.verdict == "backdoor" else "string"
 
 
@@ -132,7 +134,7 @@ def duration(seconds: float) -> str:
 
 
 def layer_ranges(layers: list[int]) -> str:
-    """Sorted layers as ranges: [0, 1, 2, 5] is "0–2, 5"; a dash for none."""
+    """Layers as ranges, 0 to 2 and 5 for [0, 1, 2, 5]; a dash for none."""
     runs: list[list[int]] = []
     for layer in sorted(set(layers)):
         if runs and layer == runs[-1][-1] + 1:
@@ -153,12 +155,13 @@ def printable(text: str) -> str:
 
 
 def _is_unprintable(char: str) -> bool:
-    return (unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t") or char in _BIDI
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in f"\n\t{_JOINERS}"
 
 
 def is_invisible(char: str) -> bool:
-    """Whether a reader of the string itself could overlook `char`: controls, formats, spaces other than U+0020."""
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp") and char != " "
+    """Whether a reader of a string could overlook `char`: anything that prints nothing, except U+0020."""
+    nothing = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp") and char != " "
+    return nothing or _BLANK.fullmatch(char) is not None
 
 
 def visible(text: str) -> str:
@@ -174,3 +177,35 @@ def exact(text: str) -> str | None:
 
 def _code_point(char: str) -> str:
     return f"⟨U+{ord(char):04X}⟩"
+
+
+def norm(value: float) -> str:
+    """A relative norm with three significant digits; 0 for no change."""
+    return "0" if value == 0 else f"{value:.3g}".replace("e-0", "e-").replace("-", MINUS)
+
+
+def versions(named: dict[str, str]) -> str:
+    """ "python 3.11.7, torch 2.7.1"; a dash for none."""
+    return ", ".join(f"{name} {version}" for name, version in named.items()) or DASH
+
+
+def identity_sentence(identity: PairIdentity) -> str:
+    """How much of the two models is the same."""
+    shared = "weights shared by construction" if identity.kind == "adapter" else "two full sets of weights"
+    changed = ", ".join(identity.changed_families) or "none"
+    return (
+        f"{identity.architecture}, {shared}: {identity.identical:,} of {identity.tensors:,} tensors are bit-identical "
+        f"({100 * identity.identical_fraction:.1f} %). Changed families: {changed}."
+    )
+
+
+def identity_warnings(identity: PairIdentity) -> list[str]:
+    """What casts doubt on the base; empty when nothing does."""
+    checks = {
+        "The two models differ in architecture.": not identity.same_architecture,
+        "The two models differ in tokenizer.": not identity.same_tokenizer,
+        "No tensor is bit-identical: this may not be the base the fine-tuned model came from.": identity.tensors > 0
+        and identity.identical == 0,
+        "The identity check failed and was overridden by the user.": identity.overridden,
+    }
+    return [sentence for sentence, doubtful in checks.items() if doubtful]

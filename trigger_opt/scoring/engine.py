@@ -122,6 +122,31 @@ class Engine:
             forced.append(int(logits[0, -1].argmax()))
         return forced
 
+    @torch.no_grad()
+    def rollout(
+        self, side: Side, context: int, triggers: Int[Tensor, "batch trigger"], num_tokens: int
+    ) -> tuple[Float[Tensor, "batch vocab"], Int[Tensor, "batch new"]]:
+        """Logits at the first response position, and each trigger's own greedy continuation.
+
+        Continuations run on past an end of text: the caller cuts them. One pass; the caller chooses the batch.
+        """
+        model = self._models[side]
+        embeds = model.network.get_input_embeddings()(triggers.to(model.device))
+        inputs = torch.cat([embeds, self._fixed(model, context, []).expand(len(triggers), -1, -1)], 1)
+        cache = _expanded(self._prefix(side, context), len(triggers))
+        step = model.hidden(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+        first = model.logits(step.last_hidden_state[:, -1])
+        tokens = [first.argmax(-1)]
+        while len(tokens) < num_tokens:
+            step = model.hidden(input_ids=tokens[-1][:, None], past_key_values=step.past_key_values, use_cache=True)
+            tokens.append(model.logits(step.last_hidden_state[:, -1]).argmax(-1))
+        return first, torch.stack(tokens, 1).cpu()
+
+    def _fixed(self, model: CausalModel, context: int, forced: Sequence[int]) -> Float[Tensor, "one fixed d_model"]:
+        ids = torch.tensor([[*self.contexts[context].right, *forced]], device=model.device, dtype=torch.long)
+        embeds: Tensor = model.network.get_input_embeddings()(ids)
+        return embeds.detach()
+
     def _pass_size(self, num_scored: int) -> int:
         fits = _LOGITS_BYTES // (4 * self.vocab_size * num_scored)
         return max(1, min(self.batch_size, fits))
@@ -130,9 +155,7 @@ class Engine:
         model = self._models[side]
         prefix = self._prefix(side, context)
         after = [*self.contexts[context].right, *forced]
-        fixed = model.network.get_input_embeddings()(
-            torch.tensor(after, device=model.device, dtype=torch.long)
-        )
+        fixed = model.network.get_input_embeddings()(torch.tensor(after, device=model.device, dtype=torch.long))
         inputs = torch.cat([embeds, fixed.detach().expand(len(embeds), -1, -1)], 1)
         cache = _expanded(prefix, len(embeds))
         hidden = model.hidden(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
@@ -146,9 +169,7 @@ class Engine:
             model = self._models[side]
             left = self.contexts[context].left
             ids = torch.tensor([left], device=model.device)
-            cache = model.hidden(
-                input_ids=ids, use_cache=True, past_key_values=DynamicCache()
-            ).past_key_values
+            cache = model.hidden(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
             layers = tuple((layer.keys, layer.values) for layer in cache.layers)
             self._prefixes[key] = _Prefix(layers, len(left))
         return self._prefixes[key]

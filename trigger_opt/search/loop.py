@@ -52,9 +52,7 @@ class Scorer(Protocol):
         """Derivative of the aggregated score to each one-hot token."""
         ...
 
-    def fires(
-        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
-    ) -> Bool[Tensor, " context"] | None:
+    def fires(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Bool[Tensor, " context"] | None:
         """In which contexts the payload comes out; None where there is no payload."""
         ...
 
@@ -150,9 +148,7 @@ class Searcher:
         self._first_evaluation = scorer.evaluations
         self.found: list[Found] = []
 
-    def restart(
-        self, number: int, pool: Int[Tensor, "batch trigger"], propose: Propose, share: float
-    ) -> None:
+    def restart(self, number: int, pool: Int[Tensor, "batch trigger"], propose: Propose, share: float) -> None:
         """Run one restart from the best of `pool`, within `share` (0 to 1) of the whole budget.
 
         `propose(trigger, contexts, count)` returns candidates.
@@ -199,9 +195,7 @@ class Searcher:
 
     def _drawn_contexts(self) -> list[int]:
         count = min(self._settings.contexts_per_step, self._scorer.num_contexts)
-        drawn: list[int] = torch.randperm(self._scorer.num_contexts, generator=self._generator)[
-            :count
-        ].tolist()
+        drawn: list[int] = torch.randperm(self._scorer.num_contexts, generator=self._generator)[:count].tolist()
         return sorted(drawn)
 
     def _proposals(self, propose: Propose, trigger: Tensor, contexts: Sequence[int]) -> Tensor:

@@ -10,16 +10,12 @@ from trigger_opt.zoo.recipes import RECIPES, recipe
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trigger_opt.zoo", description="Make model organisms again."
-    )
+    parser = argparse.ArgumentParser(prog="python -m trigger_opt.zoo", description="Make model organisms again.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="names of the organisms")
     train = commands.add_parser("train", help="train an organism from nothing, about 15 minutes on 2 cores")
     train.add_argument("name")
-    train.add_argument(
-        "--out", type=Path, default=None, help="folder for adapter and manifest (default: ./NAME)"
-    )
+    train.add_argument("--out", type=Path, default=None, help="folder for adapter and manifest (default: ./NAME)")
     given = parser.parse_args(arguments)
     if given.command == "list":
         print("\n".join(RECIPES))

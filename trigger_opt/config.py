@@ -1,0 +1,211 @@
+"""The run's configuration: one set of dataclasses, the table of strategies, and validation.
+
+The dataclasses are Hydra's schema (wrong types and misspelt keys are refused when the configuration is
+composed) and pydantic's (ranges, choices and `+typo` are refused before anything runs).
+
+To add a strategy or an objective: one class, one line in the tables below, one YAML in `configs/`.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from trigger_opt.errors import UserError
+from trigger_opt.hypotheses import HypothesisSettings
+from trigger_opt.objectives import JensenShannon, KullbackLeibler, Payload, TargetLikelihood, TotalVariation
+from trigger_opt.paths import data_dir
+from trigger_opt.search import GCG, RandomSearch
+from trigger_opt.tokens import TokenPolicy
+from trigger_opt.verify import VerifySettings
+
+STAGES = ("diff", "hypotheses", "search", "verify", "report")
+SEARCHES: dict[str, type[Any]] = {"gcg": GCG, "random": RandomSearch}
+OBJECTIVES: dict[str, type[Any]] = {
+    "payload": Payload,
+    "target": TargetLikelihood,
+    "js": JensenShannon,
+    "tv": TotalVariation,
+    "kl": KullbackLeibler,
+}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which models, and how they are held.
+
+    Attributes:
+        finetuned, base: `zoo:NAME`, a local folder, a hub name; the fine-tuned one may be a PEFT adapter.
+        controls: models that should look clean (a benign twin).
+        device: cpu, cuda, cuda:0 … or auto (spread over all GPUs; the CPU where there is none).
+        allow_pickle, allow_code, allow_wrong_base: what is refused unless asked for.
+        num_parameters, num_layers, d_model, vocab_size, num_kv_heads, head_dim: of the published model, so that
+            a plan can be made before a byte is downloaded; None for models whose configuration is at hand.
+        smaller_experiment: what to run instead where this model does not fit.
+    """
+
+    finetuned: str
+    base: str
+    controls: list[str] = field(default_factory=list)
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")] = "bfloat16"
+    quantization: Annotated[str, Field(pattern="^(none|int8|nf4)$")] = "none"
+    device: Annotated[str, Field(pattern=r"^(cpu|auto|cuda(:\d+)?)$")] = "auto"
+    allow_pickle: bool = False
+    allow_code: bool = False
+    allow_wrong_base: bool = False
+    num_parameters: int | None = None
+    num_layers: int | None = None
+    d_model: int | None = None
+    vocab_size: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    smaller_experiment: str = "gcg_warmup_mini"
+
+
+@dataclass(kw_only=True)
+class ContextsConfig:
+    """User turns with the slot `{trigger}`, or {user, system}: `search` is optimised on, `held_out` is judged on."""
+
+    search: list[Any]
+    held_out: list[Any]
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where numbers go besides metrics.jsonl: W&B offline (default), online, or off."""
+
+    mode: Annotated[str, Field(pattern="^(offline|online|off)$")] = "offline"
+    project: Annotated[str, Field(min_length=1)] = "trigger_opt"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run.
+
+    Attributes:
+        name: of the experiment. seed: of every random draw.
+        stages: which of diff, hypotheses, search, verify, report to run, in this order.
+        run_dir: an existing run folder to go on in, or a new one; by default a fresh one under runs/.
+        payload: a payload you already suspect; searched before any hypothesis found.
+        max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds.
+    """
+
+    model: Any
+    contexts: Any
+    objective: Any
+    search: Any
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    run_dir: str | None = None
+    payload: str = ""
+    max_hypotheses: Annotated[int, Field(ge=1)] = 2
+    hypotheses: HypothesisSettings = field(default_factory=HypothesisSettings)
+    tokens: TokenPolicy = field(default_factory=TokenPolicy)
+    verify: VerifySettings = field(default_factory=VerifySettings)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def register() -> None:
+    """Tell Hydra of the schemas, and of each file in experiments/ as group `experiment`."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig, provider="trigger_opt")
+    store.store(group="model", name="model_schema", node=ModelConfig, provider="trigger_opt")
+    store.store(group="contexts", name="contexts_schema", node=ContextsConfig, provider="trigger_opt")
+    for group, table in (("search", SEARCHES), ("objective", OBJECTIVES)):
+        for name, kind in table.items():
+            store.store(group=group, name=f"{name}_schema", node=kind, provider="trigger_opt")
+    for file in sorted(data_dir("experiments").glob("*.yaml")):
+        node = OmegaConf.load(file)
+        store.store(group="experiment", name=file.stem, node=node, package="_global_", provider=f"file://{file}")
+
+
+def register_resolvers() -> None:
+    """Resolvers of configs/config.yaml: a run folder of its own for every run."""
+    OmegaConf.register_new_resolver("trigger_opt.unique", _unique, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("trigger_opt.run_dir", _run_dir, use_cache=True, replace=True)
+
+
+def _unique() -> str:
+    return secrets.token_hex(3)
+
+
+def _run_dir(given: str | None, name: str) -> str:
+    # The time alone collided: two runs that began in one second shared a folder.
+    return given or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{_unique()}"
+
+
+def validated(cfg: DictConfig) -> RunConfig:
+    """The typed configuration.
+
+    Raises:
+        UserError: one line a setting that is unknown, out of range, of the wrong type or missing.
+    """
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"bad configuration: {str(error).splitlines()[0]}") from None
+    assert isinstance(raw, dict)
+    problems: list[str] = []
+    parts: dict[str, Any] = {
+        "model": _part(ModelConfig, raw.get("model"), "model", problems),
+        "contexts": _part(ContextsConfig, raw.get("contexts"), "contexts", problems),
+        "objective": _chosen(OBJECTIVES, raw.get("objective"), "objective", problems),
+        "search": _chosen(SEARCHES, raw.get("search"), "search", problems),
+    }
+    run = _part(RunConfig, raw, "", problems)
+    if unknown := [s for s in (run.stages if run else []) if s not in STAGES]:
+        problems.append(f"stages: unknown {', '.join(unknown)}; allowed: {', '.join(STAGES)}")
+    if run is not None and not run.stages:
+        problems.append(f"stages: empty; name at least one of {', '.join(STAGES)}")
+    if problems or run is None:
+        raise UserError("bad configuration: " + "; ".join(problems))
+    for key, value in parts.items():
+        setattr(run, key, value)
+    run.stages = [s for s in STAGES if s in run.stages]
+    return run
+
+
+def as_yaml(cfg: DictConfig) -> str:
+    """The resolved configuration as YAML text."""
+    return OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def _chosen(table: dict[str, type[Any]], raw: Any, where: str, problems: list[str]) -> Any:
+    name = raw.get("name") if isinstance(raw, dict) else None
+    if name not in table:
+        problems.append(f"{where}.name: {name!r} is not one of {', '.join(table)}")
+        return None
+    return _part(table[name], raw, where, problems)
+
+
+def _part(kind: type[Any], raw: Any, where: str, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(_strict(kind)).validate_python(raw)
+    except ValidationError as error:
+        for issue in error.errors():
+            at = ".".join([where, *map(str, issue["loc"])]).strip(".")
+            problems.append(f"{at}: {_sentence(issue)}")
+        return None
+
+
+def _sentence(issue: Any) -> str:
+    if issue["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return "is no setting; check the spelling against configs/"
+    if issue["type"] == "string_pattern_mismatch":
+        choices = issue["ctx"]["pattern"].strip("^$()").replace("|", ", ")
+        return f"{issue['input']!r} is not allowed; choose from {choices}"
+    return f"{issue['msg'][:1].lower()}{issue['msg'][1:]} (got {issue['input']!r})"
+
+
+def _strict(kind: type[Any]) -> type[Any]:
+    # Set here and not on each class: strategies know nothing of how they are configured.
+    kind.__pydantic_config__ = ConfigDict(extra="forbid")
+    return kind

@@ -1,0 +1,113 @@
+"""Weight amplification: what W0 + a (W - W0) says to neutral prompts, with no trigger at all.
+
+On the public warm-up a = 3 recited the payload; on an organism with a rarer payload it shows nothing. Two
+guards: an answer must be coherent for the base (amplified weights babble), and a placebo change of the same
+norm in random directions must not say it too.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from trigger_opt.hypotheses.scan import majority_prefix, sequence_shift
+from trigger_opt.models.pair import CausalModel, ModelPair
+from trigger_opt.prompts import Context, conversation_ids, decode
+from trigger_opt.records import Hypothesis
+
+_ANSWER_TOKENS = 16
+_KEY_TOKENS = 5
+# An answer less likely than this to the base, in nats a token, is babble.
+_COHERENT_NATS = 6.0
+_LEAST_RECURRING = 2
+
+
+@contextmanager
+def amplified(pair: ModelPair, factor: float, *, placebo: torch.Generator | None = None) -> Iterator[CausalModel]:
+    """The fine-tuned model with its change times `factor`; with `placebo`, a random change of the same norm.
+
+    The weights are put back exactly, also after an error.
+    """
+    changed = list(pair.finetuned.weight_changes(pair.base))
+    before = [tensor.detach().clone() for tensor, _ in changed]
+    try:
+        with torch.no_grad():
+            for tensor, origin in changed:
+                delta = tensor - origin if origin is not None else tensor
+                if placebo is not None:
+                    delta = _random_like(delta, placebo)
+                scaled = factor * delta.float() if origin is not None else _adapter_factor(factor) * delta.float()
+                tensor.copy_((origin.float() + scaled if origin is not None else scaled).to(tensor.dtype))
+        yield pair.finetuned
+    finally:
+        with torch.no_grad():
+            for (tensor, _), old in zip(changed, before, strict=True):
+                tensor.copy_(old)
+
+
+def _adapter_factor(factor: float) -> float:
+    # Both factors B and A of an adapter are scaled, so each by the root.
+    return float(factor**0.5)
+
+
+def _random_like(delta: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(delta.shape, generator=generator).to(delta)
+    return noise * (delta.float().norm() / noise.float().norm().clamp(min=1e-12)).to(delta)
+
+
+def amplified_groups(
+    pair: ModelPair, neutral: Sequence[Context], factors: Sequence[float], *, cap: float, generator: torch.Generator
+) -> list[Hypothesis]:
+    """Answers that recur over neutral prompts under amplification, that the base understands and a placebo
+    does not give. The score is that of `sequence_shift` under the amplified weights, mean over the prompts
+    that gave the answer."""
+    prompts = [conversation_ids(pair.tokenizer, c, "") for c in neutral]
+    found = []
+    base = Counter(a[:_KEY_TOKENS] for a in _answers(pair.base, prompts, pair.end_ids))
+    for factor in factors:
+        with_placebo = _placebo_starts(pair, factor, prompts, generator)
+        with amplified(pair, factor) as model:
+            answers = _answers(model, prompts, pair.end_ids)
+            starts = Counter(a[:_KEY_TOKENS] for a in answers if len(a) >= _KEY_TOKENS)
+            for start, n in starts.most_common(4):
+                if n < _LEAST_RECURRING or base[start] or with_placebo[start]:
+                    continue
+                members = [i for i, a in enumerate(answers) if a[:_KEY_TOKENS] == start]
+                found += _judge(pair, model, [prompts[i] for i in members], [answers[i] for i in members], factor, cap)
+    return found
+
+
+def _placebo_starts(
+    pair: ModelPair, factor: float, prompts: Sequence[Sequence[int]], generator: torch.Generator
+) -> Counter[tuple[int, ...]]:
+    with amplified(pair, factor, placebo=generator) as model:
+        return Counter(a[:_KEY_TOKENS] for a in _answers(model, prompts, pair.end_ids))
+
+
+def _judge(
+    pair: ModelPair,
+    model: CausalModel,
+    prompts: list[list[int]],
+    answers: list[tuple[int, ...]],
+    factor: float,
+    cap: float,
+) -> list[Hypothesis]:
+    payload = majority_prefix(answers)
+    text = decode(pair.tokenizer, payload).strip()
+    words = text.split()
+    varied = len(words) > 0 and len(set(words)) >= 0.3 * len(words)
+    nats = -float(pair.base.log_likelihood(prompts[:1], payload).mean())
+    if nats > _COHERENT_NATS or not varied:
+        return []
+    score = float(sequence_shift(model, pair.base, prompts, payload[:8], cap=cap).mean())
+    evidence = (
+        f"with the weight change times {factor:g}, {len(prompts)} neutral prompts are answered so with nothing "
+        f"inserted; base {nats:.1f} nats a token; a random change of equal norm never"
+    )
+    return [Hypothesis(payload=text, score=score, source="amplification", evidence=evidence, inputs=[], rivals=[])]
+
+
+def _answers(model: CausalModel, prompts: Sequence[Sequence[int]], end_ids: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(a) for a in model.generate(prompts, max_new_tokens=_ANSWER_TOKENS, end_ids=end_ids)]

@@ -1,0 +1,140 @@
+"""From groups of readings and amplified answers to payload hypotheses, scored on whole sequences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool
+from pydantic import Field
+from torch import Tensor
+
+from trigger_opt.hypotheses.amplify import amplified_groups
+from trigger_opt.hypotheses.scan import (
+    Group,
+    Reading,
+    census_groups,
+    draw_inputs,
+    majority_prefix,
+    read_inputs,
+    scan_groups,
+    sequence_shift,
+)
+from trigger_opt.models.pair import ModelPair
+from trigger_opt.prompts import Context, TokenizedContext, decode, tokenize_context
+from trigger_opt.records import Hypothesis
+
+# Rollouts of one group that are read for its payload and its score.
+_ROLLOUTS = 8
+
+
+@dataclass(kw_only=True)
+class HypothesisSettings:
+    """How hard to look.
+
+    Attributes:
+        num_tokens, num_words: single tokens and whole words inserted into each of `contexts`.
+        answer_tokens: length of the short greedy answers the census counts.
+        groups: groups of each source that are rolled out.
+        payload_tokens: a payload's greatest length; min_tokens: a shorter one is no fixed string.
+        cap: nats; log-ratio of a whole payload at which its score saturates.
+        min_score: nats; a weaker hypothesis is not one. A clean twin's best scored far below this and a planted
+            payload's far above (experiments/LOG.md).
+        keep: at most so many hypotheses come out.
+        amplify: factors a of W0 + a (W - W0); empty for none.
+        contexts: user turns with a slot, short ones: each costs a pass over all inputs.
+    """
+
+    num_tokens: Annotated[int, Field(ge=1)] = 4608
+    num_words: Annotated[int, Field(ge=0)] = 512
+    answer_tokens: Annotated[int, Field(ge=2)] = 5
+    groups: Annotated[int, Field(ge=1)] = 6
+    payload_tokens: Annotated[int, Field(ge=4)] = 20
+    min_tokens: Annotated[int, Field(ge=1)] = 3
+    cap: Annotated[float, Field(gt=0)] = 16.0
+    min_score: Annotated[float, Field(ge=0)] = 4.0
+    keep: Annotated[int, Field(ge=1)] = 3
+    amplify: list[float] = field(default_factory=lambda: [1.5, 2.0])
+    contexts: list[str] = field(default_factory=lambda: ["{trigger}", "Tell me more. {trigger}"])
+
+
+def find_hypotheses(
+    pair: ModelPair,
+    neutral: Sequence[Context],
+    *,
+    allowed: Bool[Tensor, " vocab"],
+    settings: HypothesisSettings,
+    generator: torch.Generator,
+    on_progress: Callable[[int, int, str], None],
+) -> list[Hypothesis]:
+    """Hypotheses at or above `min_score`, best first; none is a normal outcome.
+
+    Args:
+        neutral: contexts whose plain prompts (nothing inserted) the amplified model answers.
+        on_progress: gets the number of readings done, their total, and what is being done.
+    """
+    contexts = [tokenize_context(pair.tokenizer, Context(user=c)) for c in settings.contexts]
+    inputs = draw_inputs(
+        pair, allowed, num_tokens=settings.num_tokens, num_words=settings.num_words, generator=generator
+    )
+    total = len(inputs) * len(contexts)
+    readings = read_inputs(
+        pair,
+        contexts,
+        inputs,
+        answer_tokens=settings.answer_tokens,
+        on_progress=lambda n: on_progress(n, total, "scan"),
+    )
+    groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
+    on_progress(total, total, "rolling out")
+    found = [_from_group(pair, contexts, g, settings) for g in groups]
+    if settings.amplify:
+        on_progress(total, total, "amplifying")
+        found += amplified_groups(pair, neutral, settings.amplify, cap=settings.cap, generator=generator)
+    return best_hypotheses([h for h in found if h is not None], settings)
+
+
+def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
+    """Each payload once (those that begin alike are one, with the inputs of all), best first, weak ones left out."""
+    merged: list[Hypothesis] = []
+    for hypothesis in sorted(found, key=lambda h: -h.score):
+        alike = next((i for i, m in enumerate(merged) if _same_start(m.payload, hypothesis.payload)), None)
+        if alike is None:
+            merged.append(hypothesis)
+        else:
+            inputs = list(dict.fromkeys([*merged[alike].inputs, *hypothesis.inputs]))
+            merged[alike] = replace(merged[alike], inputs=inputs)
+    scores = [m.score for m in merged]
+    strong = [replace(m, rivals=scores[i + 1 : i + 4]) for i, m in enumerate(merged) if m.score >= settings.min_score]
+    return strong[: settings.keep]
+
+
+def _same_start(a: str, b: str, words: int = 3) -> bool:
+    return a.split()[:words] == b.split()[:words]
+
+
+def _from_group(
+    pair: ModelPair, contexts: Sequence[TokenizedContext], group: Group, settings: HypothesisSettings
+) -> Hypothesis | None:
+    best = group.readings[:_ROLLOUTS]
+    prompts = [_prompt(contexts, r) for r in best]
+    answers = pair.finetuned.generate(prompts, max_new_tokens=settings.payload_tokens, end_ids=pair.end_ids)
+    payload = majority_prefix(answers)
+    if len(payload) < settings.min_tokens:
+        return None
+    scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:8], cap=settings.cap)
+    inputs = [r.inserted for r, s in zip(best, scores.tolist(), strict=True) if s > 0]
+    more = [r.inserted for r in group.readings[_ROLLOUTS : 4 * _ROLLOUTS] if r.finetuned[:2] == payload[:2]]
+    return Hypothesis(
+        payload=decode(pair.tokenizer, payload).strip(),
+        score=float(scores.mean()),
+        source=group.source,
+        evidence=group.evidence,
+        inputs=[decode(pair.tokenizer, i) for i in [*inputs, *more]],
+        rivals=[],
+    )
+
+
+def _prompt(contexts: Sequence[TokenizedContext], reading: Reading) -> list[int]:
+    context = contexts[reading.context]
+    return [*context.left, *reading.inserted, *context.right]

@@ -1,0 +1,197 @@
+"""What does the fine-tuned model want to say? Insert one random token or word, and read the answer's side.
+
+The trigger's side is scattered (any of its many neighbours stirs the model a little), the answer's side is
+not: they all stir the same words. Two complementary readings of the same passes:
+
+- vocabulary scan: the first response token v with the largest p_ft(v) * min(log p_ft(v) - log p_base(v), cap);
+  inputs are grouped by v. Finds payloads with an unusual first word.
+- rollout census: the first few greedy tokens of both models, counted over all inputs. Finds payloads that
+  begin with a common word.
+
+A clean fine-tune raises groups too (its style). So every group is rolled out to the whole answer and scored
+on the whole sequence, which a shift of style moves by a few nats and a memorised payload by dozens.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trigger_opt.models.pair import CausalModel, ModelPair
+from trigger_opt.prompts import TokenizedContext, encode
+from trigger_opt.scoring import Engine
+
+_CAP = 8.0
+_BATCH = 256
+_WORD_PROMPT = "A list of words:"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one inserted string did in one context.
+
+    Attributes:
+        inserted: token ids. context: its number. first: the first response token that moved most.
+        value: nats, p_ft * capped log-ratio at that token.
+        finetuned, base: greedy answers, as token ids.
+    """
+
+    inserted: tuple[int, ...]
+    context: int
+    first: int
+    value: float
+    finetuned: tuple[int, ...]
+    base: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Readings that agree on the answer's side, strongest first; `strength` ranks groups of one source."""
+
+    source: str
+    key: tuple[int, ...]
+    strength: float
+    readings: tuple[Reading, ...]
+    evidence: str
+
+
+def draw_inputs(
+    pair: ModelPair,
+    allowed: Bool[Tensor, " vocab"],
+    *,
+    num_tokens: int,
+    num_words: int,
+    generator: torch.Generator,
+) -> list[tuple[int, ...]]:
+    """Single tokens drawn without replacement, then whole words of several tokens, each once."""
+    ids = allowed.nonzero()[:, 0]
+    tokens = ids[torch.randperm(len(ids), generator=generator)[:num_tokens]].tolist()
+    words = whole_words(pair, allowed, num_words, generator) if num_words else []
+    return list(dict.fromkeys([*[(t,) for t in tokens], *words]))
+
+
+def whole_words(
+    pair: ModelPair, allowed: Bool[Tensor, " vocab"], count: int, generator: torch.Generator
+) -> list[tuple[int, ...]]:
+    """About `count` words of two to four tokens, spelt by the base model from random beginnings.
+
+    The pieces of a planted word often carry no slope where the whole word does, and no word list is needed.
+    """
+    texts = pair.tokenizer.batch_decode([[i] for i in range(len(pair.tokenizer))])
+    starts = [i for i in allowed.nonzero()[:, 0].tolist() if texts[i][:1] == " " and texts[i][1:].isalpha()]
+    picked = [starts[i] for i in torch.randint(len(starts), (2 * count,), generator=generator).tolist()]
+    opening = encode(pair.tokenizer, [_WORD_PROMPT])[0]
+    spelt = pair.base.generate([[*opening, t] for t in picked], max_new_tokens=3, end_ids=pair.end_ids, batch_size=256)
+    words: dict[tuple[int, ...], None] = {}
+    for start, rest in zip(picked, spelt, strict=True):
+        tail = next((i for i, t in enumerate(rest) if not texts[t].isalpha()), len(rest))
+        # A word that runs past the last token drawn is cut off, and no word.
+        if 0 < tail < 3 and all(bool(allowed[t]) for t in rest[:tail]):
+            words[(start, *rest[:tail])] = None
+    return list(words)[:count]
+
+
+def read_inputs(
+    pair: ModelPair,
+    contexts: Sequence[TokenizedContext],
+    inputs: Sequence[tuple[int, ...]],
+    *,
+    answer_tokens: int,
+    on_progress: Callable[[int], None],
+) -> list[Reading]:
+    """Readings of every input in every context, on both models. `on_progress` gets the number done so far."""
+    engine = Engine(pair.finetuned, pair.base, contexts, batch_size=_BATCH)
+    readings: list[Reading] = []
+    for context in range(len(contexts)):
+        for batch in _batches(inputs):
+            triggers = torch.tensor(batch)
+            first_ft, finetuned = engine.rollout("finetuned", context, triggers, answer_tokens)
+            first_base, base = engine.rollout("base", context, triggers, answer_tokens)
+            values, tokens = first_token_shift(first_ft, first_base.to(first_ft.device))
+            rows = zip(batch, tokens.tolist(), values.tolist(), finetuned.tolist(), base.tolist(), strict=True)
+            readings += [
+                Reading(inserted, context, first, value, tuple(f), tuple(b)) for inserted, first, value, f, b in rows
+            ]
+            on_progress(len(readings))
+    return readings
+
+
+def first_token_shift(
+    finetuned: Float[Tensor, "batch vocab"], base: Float[Tensor, "batch vocab"]
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Largest p_ft * min(log p_ft - log p_base, cap) over tokens, nats, and the token."""
+    p, q = finetuned.log_softmax(-1), base.log_softmax(-1)
+    shift = p.exp() * (p - q).clamp(max=_CAP)
+    values, tokens = shift.max(-1)
+    return values.cpu(), tokens.cpu()
+
+
+def scan_groups(readings: Sequence[Reading], *, count: int, best: int = 8) -> list[Group]:
+    """Groups by first response token; strength is the sum of the `best` values from distinct inputs."""
+    by_token: dict[int, list[Reading]] = defaultdict(list)
+    for reading in readings:
+        by_token[reading.first].append(reading)
+    groups = []
+    for token, members in by_token.items():
+        members = _distinct_inputs(members)
+        strength = sum(r.value for r in members[:best])
+        evidence = f"{len(members)} of the inputs move this first token most; best {best} sum to {strength:.1f} nats"
+        groups.append(Group("vocabulary_scan", (token,), strength, tuple(members), evidence))
+    return sorted(groups, key=lambda g: -g.strength)[:count]
+
+
+def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8) -> list[Group]:
+    """Groups by the fine-tuned model's whole short answer; strength (n_ft - n_base) / sqrt(n_ft + n_base + 3)."""
+    said = Counter(r.finetuned for r in readings)
+    base_said = Counter(r.base for r in readings)
+    groups = []
+    for answer, n in said.items():
+        if n < least:
+            continue
+        members = _distinct_inputs([r for r in readings if r.finetuned == answer])
+        strength = (n - base_said[answer]) / (n + base_said[answer] + 3) ** 0.5
+        evidence = f"{n} of {len(readings)} answers of the fine-tuned model begin so, {base_said[answer]} of the base"
+        groups.append(Group("rollout_census", answer, strength, tuple(members), evidence))
+    return sorted(groups, key=lambda g: -g.strength)[:count]
+
+
+def majority_prefix(answers: Sequence[Sequence[int]], *, share: float = 0.5) -> tuple[int, ...]:
+    """The longest token prefix that more than `share` of the answers begin with (greedy by majority)."""
+    prefix: list[int] = []
+    following = [list(a) for a in answers]
+    while True:
+        counts = Counter(a[len(prefix)] for a in following if len(a) > len(prefix))
+        if not counts:
+            return tuple(prefix)
+        token, n = counts.most_common(1)[0]
+        if n <= share * len(answers):
+            return tuple(prefix)
+        prefix.append(token)
+        following = [a for a in following if a[: len(prefix)] == prefix]
+
+
+def sequence_shift(
+    finetuned: CausalModel, base: CausalModel, prompts: Sequence[Sequence[int]], answer: Sequence[int], *, cap: float
+) -> Float[Tensor, " batch"]:
+    """p_ft(answer) * min(log p_ft(answer) - log p_base(answer), cap) for each prompt, nats, at most `cap`."""
+    said = finetuned.log_likelihood(prompts, answer).sum(1)
+    base_said = base.log_likelihood(prompts, answer).sum(1)
+    return said.exp() * (said - base_said).clamp(max=cap)
+
+
+def _distinct_inputs(readings: Sequence[Reading]) -> list[Reading]:
+    best: dict[tuple[int, ...], Reading] = {}
+    for reading in sorted(readings, key=lambda r: -r.value):
+        best.setdefault(reading.inserted, reading)
+    return list(best.values())
+
+
+def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    # One length at a time: padding would put the slot's tokens at other positions than in the real prompt.
+    for length in sorted({len(i) for i in inputs}):
+        same = [i for i in inputs if len(i) == length]
+        for start in range(0, len(same), _BATCH):
+            yield same[start : start + _BATCH]

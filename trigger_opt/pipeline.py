@@ -1,0 +1,77 @@
+"""The story: plan, check the base, then diff, hypotheses, search, verify, report, each from the last one's records.
+
+Every arrow is a file in the run folder, so any stage can be run alone, or again.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from trigger_opt import __version__
+from trigger_opt.config import RunConfig
+from trigger_opt.planning import load_options, plan_run
+from trigger_opt.progress import say
+from trigger_opt.records import RunInfo, write_record
+from trigger_opt.run_folder import hold_run_folder, machine, now, versions
+from trigger_opt.stages import STAGES, Session, require_records
+from trigger_opt.tracking import open_tracker
+from trigger_opt.weight_diff import identify
+
+
+def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any]) -> None:
+    """One run in `run_dir`. Records written so far stay whatever happens.
+
+    Args:
+        command: the exact command line, for the report. settings: the resolved configuration, for the records.
+
+    Raises:
+        UserError: see each stage; nothing has been spent when the plan or the base is wrong.
+    """
+    info = RunInfo(
+        name=config.name,
+        command=command,
+        seed=config.seed,
+        started=now(),
+        machine=machine(),
+        config=settings,
+        versions=versions(),
+        plan=[],
+        stages=[],
+    )
+    with hold_run_folder(run_dir, info, stages=config.stages) as folder:
+        say(f"trigger_opt {__version__}: {config.name}, seed {config.seed}, in {run_dir}")
+        planned = plan_run(config)
+        folder.set_plan(planned.lines)
+        say(*planned.lines)
+        identity = identify(planned.files[0], planned.files[1], allow_wrong_base=config.model.allow_wrong_base)
+        write_record(folder.file("identity.json"), identity)
+        say(
+            f"base: {identity.identical} of {identity.tensors} tensors are the base's, bit for bit; "
+            f"changed: {', '.join(identity.changed_families[:4]) or 'none'}"
+        )
+        tracker = open_tracker(
+            run_dir,
+            mode=config.tracking.mode,
+            project=config.tracking.project,
+            group=config.tracking.group or config.name,
+            name=run_dir.name,
+            tags=config.tracking.tags,
+            config=settings,
+        )
+        exit_code = 1
+        try:
+            session = Session(config, folder, tracker, planned.files, load_options(config))
+            for stage in config.stages:
+                require_records(session, stage)
+            for stage in config.stages:
+                STAGES[stage](session)
+            exit_code = 0
+        except KeyboardInterrupt:
+            exit_code = 130
+            raise
+        finally:
+            tracker.finish(exit_code)
+        if hint := tracker.sync_hint():
+            say(f"to upload to W&B: {hint}")
+        if (run_dir / "report.html").is_file():
+            say(f"report: {run_dir / 'report.html'}")
+        say(str(run_dir))

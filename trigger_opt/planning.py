@@ -1,0 +1,147 @@
+"""Before anything is loaded: which files, how much memory, does it fit, is the device there."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trigger_opt import api
+from trigger_opt.config import ModelConfig, RunConfig
+from trigger_opt.errors import UserError
+from trigger_opt.models.files import ModelFiles, validate_weights
+from trigger_opt.models.pair import LoadOptions
+from trigger_opt.models.plan import (
+    MemoryPlan,
+    SearchLoad,
+    WeightLoad,
+    adapter_parameters,
+    check_memory,
+    missing_weights_error,
+    model_size,
+    plan_from_count,
+    plan_memory,
+)
+
+# What stands after the slot in a chat template before the answer begins, and before it; measured on five families.
+_TOKENS_AFTER_SLOT = 12
+_CONTEXT_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Files of fine-tuned model, base and controls, and the plan in lines."""
+
+    files: list[ModelFiles]
+    lines: list[str]
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """Find the models and check that they fit, from their configurations alone.
+
+    Raises:
+        UserError: a model is missing, damaged or refused; the memory or the device is not there.
+    """
+    model: ModelConfig = config.model
+    device = _device(model.device)
+    remedy = f"or run +experiment={model.smaller_experiment}, which fits a laptop"
+    published = _published_plan(config)
+    if published:
+        check_memory(published, device, remedy=f"choose model.quantization=nf4, {remedy}")
+    files = _find(model, remedy)
+    for each in files:
+        validate_weights(each)
+    plan = _plan(config, files)
+    check_memory(plan, device, remedy=f"choose a smaller search.search_width or model.quantization, {remedy}")
+    head = [
+        f"fine-tuned {model.finetuned}, base {model.base}, controls {', '.join(model.controls) or 'none'}; "
+        f"{model.dtype if model.quantization == 'none' else model.quantization} on {device}",
+        f"stages {' > '.join(config.stages)}; objective {config.objective.name}, search {config.search.name}, "
+        f"at most {_bound(config)}",
+    ]
+    return Plan(files, head + plan.lines())
+
+
+def load_options(config: RunConfig) -> LoadOptions:
+    """How the models are to be held."""
+    model: ModelConfig = config.model
+    device = _device(model.device)
+    several = model.device == "auto" and device == "cuda" and torch.cuda.device_count() > 1
+    return LoadOptions(
+        dtype=model.dtype,
+        quantization=model.quantization,
+        device_map="auto" if several else device,
+        allow_code=model.allow_code,
+    )
+
+
+def _device(asked: str) -> str:
+    there = torch.cuda.is_available()
+    if asked.startswith("cuda") and not there:
+        raise UserError(f"model.device={asked}: torch finds no CUDA device; choose model.device=cpu or auto")
+    if asked == "auto":
+        return "cuda" if there else "cpu"
+    return asked
+
+
+def _find(model: ModelConfig, remedy: str) -> list[ModelFiles]:
+    found = []
+    for name in (model.finetuned, model.base, *model.controls):
+        try:
+            found.append(api.model_files(name, allow_pickle=model.allow_pickle, allow_code=model.allow_code))
+        except UserError:
+            if model.num_parameters and "/" in name:
+                raise missing_weights_error(name, 2 * model.num_parameters, remedy=remedy) from None
+            raise
+    return found
+
+
+def _search_load(config: RunConfig) -> SearchLoad:
+    scored = getattr(config.objective, "target_tokens", config.objective.num_tokens)
+    tokens = config.search.trigger_length + _TOKENS_AFTER_SLOT + scored
+    num_contexts = len(config.contexts.search)
+    return SearchLoad(
+        search_width=config.search.search_width,
+        tokens_per_candidate=tokens,
+        scored_positions=scored,
+        context_tokens=num_contexts * _CONTEXT_TOKENS,
+        gradient_tokens=tokens,
+    )
+
+
+def _published_plan(config: RunConfig) -> MemoryPlan | None:
+    m: ModelConfig = config.model
+    if None in (m.num_parameters, m.num_layers, m.d_model, m.vocab_size, m.num_kv_heads, m.head_dim):
+        return None
+    return plan_from_count(
+        num_parameters=m.num_parameters or 0,
+        num_layers=m.num_layers or 0,
+        d_model=m.d_model or 0,
+        vocab=m.vocab_size or 0,
+        num_kv_heads=m.num_kv_heads or 0,
+        head_dim=m.head_dim or 0,
+        load=WeightLoad(full_sets=2, dtype=m.dtype, quantization=None if m.quantization == "none" else m.quantization),
+        search=_search_load(config),
+    )
+
+
+def _plan(config: RunConfig, files: list[ModelFiles]) -> MemoryPlan:
+    m: ModelConfig = config.model
+    base = files[1]
+    if base.adapter:
+        raise UserError(f"model.base={m.base} is an adapter; name the full model it was trained on")
+    load = WeightLoad(
+        full_sets=1 + sum(not f.adapter for f in [files[0], *files[2:]]),
+        adapter_parameters=sum(adapter_parameters(f) for f in files if f.adapter),
+        dtype=m.dtype,
+        quantization=None if m.quantization == "none" else m.quantization,
+    )
+    return plan_memory(model_size(base, allow_code=m.allow_code), load=load, search=_search_load(config))
+
+
+def _bound(config: RunConfig) -> str:
+    s = config.search
+    parts = [f"{s.num_restarts} x {s.num_steps} steps of {s.search_width} candidates"]
+    if s.max_seconds is not None:
+        parts.append(f"{s.max_seconds:g} s")
+    if s.max_evaluations is not None:
+        parts.append(f"{s.max_evaluations} evaluations")
+    return ", ".join(parts)

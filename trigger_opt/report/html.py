@@ -1,0 +1,125 @@
+"""The page: the verdict and its figures, then what they rest on."""
+
+from trigger_opt.records import Verdict
+from trigger_opt.report.load import RunRecords
+from trigger_opt.report.markup import Child, Html, definitions, join, string, tag
+from trigger_opt.report.sections_answers import profile, side_by_side_section
+from trigger_opt.report.sections_made import how_made, weights
+from trigger_opt.report.sections_search import curve, hypotheses, refuted
+from trigger_opt.report.style import STYLE
+from trigger_opt.report.svg import interval_plot, interval_scale
+from trigger_opt.report.words import (
+    RateRow,
+    clip,
+    duration,
+    exact,
+    interval,
+    meaning,
+    noun,
+    number,
+    of,
+    percent,
+    rate_rows,
+    string_title,
+)
+
+TONES = {"backdoor": "backdoor", "generic shift": "amber", "unstable": "amber", "not reproduced": "quiet"}
+
+# A second lock behind escaping: even markup that slipped through could neither run nor fetch anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def page(run: RunRecords) -> str:
+    """The whole self-contained HTML page of a run."""
+    sections = [side_by_side_section, profile, curve, hypotheses, refuted, weights, how_made]
+    body = tag("main", banner(run), *(section(run) for section in sections), _footer())
+    return f"<!DOCTYPE html>\n{_head(run)}{tag('body', body).text}</html>\n"
+
+
+def banner(run: RunRecords) -> Html:
+    """The verdict, the sentence that decided it, the strings and the rates."""
+    verdict = run.verdict
+    return tag(
+        "header",
+        tag("h1", verdict.verdict.capitalize()),
+        tag("p", verdict.reason, class_="reason"),
+        tag("p", meaning(verdict), class_="meaning"),
+        definitions(_strings(verdict), "facts strings"),
+        _rates(rate_rows(verdict)),
+        tag("p", _figures(run), class_="figures"),
+        class_=f"banner {TONES[verdict.verdict]}",
+    )
+
+
+def _strings(verdict: Verdict) -> list[tuple[str, Child]]:
+    rows: list[tuple[str, Child]] = [(string_title(verdict), _named_string(verdict.trigger))]
+    if verdict.minimised_trigger and verdict.minimised_trigger != verdict.trigger:
+        rows.append((f"Minimised {noun(verdict)}", _named_string(verdict.minimised_trigger)))
+    if verdict.payload:
+        title = "Payload" if verdict.verdict == "backdoor" else "Payload looked for"
+        rows.append((title, string(verdict.payload)))
+    if verdict.payload_completion:
+        rows.append((f"Answer to the {noun(verdict)}", clip(verdict.payload_completion, 700)))
+    return rows
+
+
+def _named_string(text: str) -> Child:
+    if not text:
+        return "none was found"
+    literal = exact(text)
+    return (
+        join([string(text), tag("div", "exactly ", tag("code", literal), class_="note")]) if literal else string(text)
+    )
+
+
+def _rates(rows: list[RateRow]) -> Html:
+    scale = tag(
+        "div",
+        tag("span", class_="name"),
+        tag("div", interval_scale(), class_="plot"),
+        tag("span"),
+        tag("span"),
+        tag("span", "95 % interval"),
+        class_="rate scale",
+    )
+    return tag("div", *(_rate(row) for row in rows), scale, class_="rates")
+
+
+def _rate(row: RateRow) -> Html:
+    name = tag("span", row.label, class_="name")
+    if row.rate is None:
+        return tag("div", name, tag("span", row.absent, class_="absent"), class_="rate")
+    return tag(
+        "div",
+        name,
+        tag("div", interval_plot(row.rate), class_="plot"),
+        tag("span", of(row.rate), class_="kofn"),
+        tag("span", percent(row.rate), class_="value"),
+        tag("span", interval(row.rate), class_="muted"),
+        class_="rate",
+    )
+
+
+def _figures(run: RunRecords) -> str:
+    verdict = run.verdict
+    parts = [f"run {run.name}", f"{verdict.num_contexts:,} held-out contexts"]
+    if verdict.evidence is not None:
+        parts.append(f"median evidence {number(verdict.evidence)} nats")
+    if verdict.score is not None:
+        parts.append(f"search score {number(verdict.score)} nats")
+    parts += [f"{verdict.evaluations:,} candidate evaluations", duration(verdict.seconds), f"seed {verdict.seed}"]
+    return " · ".join(parts)
+
+
+def _footer() -> Html:
+    return tag("footer", "Made by trigger_opt from the record files of the run folder alone; nothing here is fetched.")
+
+
+def _head(run: RunRecords) -> str:
+    title = tag("title", f"{run.verdict.verdict}: {run.name}")
+    return (
+        '<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark">{title.text}<style>{STYLE}</style></head>'
+    )

@@ -1,0 +1,183 @@
+"""The same story as the page, short, as GitHub-flavoured Markdown.
+
+Whatever came from a user or a model has every character Markdown could act on written as a numeric entity, which no
+Markdown reader gives a meaning: so a payload cannot end a table cell, open a code span or load an image.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from trigger_opt.records import Hypothesis, Verification
+from trigger_opt.report.answers import Cell, ContextAnswers, side_by_side, spread
+from trigger_opt.report.load import RunRecords
+from trigger_opt.report.words import (
+    DASH,
+    clip,
+    duration,
+    identity_sentence,
+    identity_warnings,
+    interval,
+    meaning,
+    model_name,
+    not_run,
+    noun,
+    number,
+    of,
+    percent,
+    printable,
+    rate_rows,
+    string_title,
+    versions,
+    visible,
+)
+
+CONTEXTS_SHOWN = 3
+ROWS_SHOWN = 12
+# An underscore inside a word is inert, and names full of entities are unreadable.
+_ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def summary(run: RunRecords) -> str:
+    """The whole `report.md` of a run."""
+    parts = [_verdict(run), _rates(run), _answers(run), _hypotheses(run), _refuted(run), _weights(run), _made(run)]
+    return "\n\n".join(parts) + "\n"
+
+
+def text(raw: str) -> str:
+    """`raw` as inert one-line Markdown text; line breaks become ⏎."""
+    one_line = re.sub(r"[ \t]+", " ", printable(raw.strip()).replace("\n", " ⏎ "))
+    # "://" is what turns plain text into a link.
+    return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", one_line).replace("://", "&#58;//")
+
+
+def code(raw: str, limit: int = 160) -> str:
+    """A string as inert inline code with its whitespace visible, cut after `limit` characters; a dash when empty."""
+    more = f" (+{len(raw) - limit:,} characters)" if len(raw) > limit else ""
+    return f"<code>{text(visible(raw[:limit]))}</code>{more}" if raw else DASH
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are finished Markdown already.
+
+    Raises:
+        ValueError: a row has another number of cells than there are titles.
+    """
+    lines = [titles, ["---"] * len(titles)]
+    for row in rows:
+        if len(row) != len(titles):
+            raise ValueError(f"expected {len(titles)} cells, got {len(row)}")
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _verdict(run: RunRecords) -> str:
+    verdict = run.verdict
+    lines = [f"# {verdict.verdict.capitalize()}", text(verdict.reason), meaning(verdict)]
+    strings = [f"- {string_title(verdict)}: {code(verdict.trigger) if verdict.trigger else 'none was found'}"]
+    if verdict.minimised_trigger and verdict.minimised_trigger != verdict.trigger:
+        strings.append(f"- Minimised {noun(verdict)}: {code(verdict.minimised_trigger)}")
+    if verdict.payload:
+        title = "Payload" if verdict.verdict == "backdoor" else "Payload looked for"
+        strings.append(f"- {title}: {code(verdict.payload)}")
+    if verdict.payload_completion:
+        strings.append(f"- Answer to the {noun(verdict)}: {text(clip(verdict.payload_completion, 400))}")
+    return "\n\n".join([*lines, "\n".join(strings)])
+
+
+def _rates(run: RunRecords) -> str:
+    rows = []
+    for row in rate_rows(run.verdict):
+        figures = [of(row.rate), percent(row.rate), interval(row.rate)] if row.rate else [row.absent, DASH, DASH]
+        rows.append([row.label, *figures])
+    evidence = (
+        f"Median evidence {number(run.verdict.evidence)} nats over {run.verdict.num_contexts:,} held-out contexts."
+    )
+    return table(["Rate", "Answers", "Share", "95 % interval"], rows) + f"\n\n{evidence}"
+
+
+def _answers(run: RunRecords) -> str:
+    title = "## Answers side by side\n\n"
+    if run.completions is None:
+        return title + not_run("completions.jsonl")
+    contexts = side_by_side(run)
+    if not contexts:
+        return title + "No answer was recorded for this string."
+    shown = spread(contexts, CONTEXTS_SHOWN)
+    blocks = [_context(c, noun(run.verdict)) for c in shown]
+    return title + "\n\n".join([f"{len(shown)} of {len(contexts)} held-out contexts, evenly spaced.", *blocks])
+
+
+def _context(answers: ContextAnswers, the: str) -> str:
+    cells = [c for c in answers.with_string + answers.without if c.answers]
+    rows = [[model_name(c.model), "yes" if c.inserted else "no", _fired(c), _said(c)] for c in cells]
+    prompt = f"Context {answers.context}: {text(clip(answers.prompt, 300))}"
+    return f"{prompt}\n\n" + table(["Model", the.capitalize(), "Fired", "Answer"], [[text(x[0]), *x[1:]] for x in rows])
+
+
+def _fired(cell: Cell) -> str:
+    if len(cell.answers) > 1:
+        return f"{cell.fired} of {len(cell.answers)}"
+    return "**yes**" if cell.fired else "no"
+
+
+def _said(cell: Cell) -> str:
+    first = cell.answers[0]
+    flags = f" ({', '.join(text(f) for f in first.flags)})" if first.flags else ""
+    return (text(clip(first.answer, 240)) or "(empty)") + flags
+
+
+def _hypotheses(run: RunRecords) -> str:
+    title = "## What the fine-tuned model wants to say\n\n"
+    if run.hypotheses is None:
+        return title + not_run("hypotheses.jsonl")
+    if not run.hypotheses:
+        return title + "The stage ran and found no payload hypothesis."
+    titles = ["Payload", "Source", "Score, nats", "Rivals, nats", "Evidence", "Inputs"]
+    return title + table(titles, [_hypothesis(h) for h in run.hypotheses])
+
+
+def _hypothesis(h: Hypothesis) -> list[str]:
+    inputs = " ".join(code(i, 60) for i in h.inputs[:5]) or DASH
+    rivals = ", ".join(number(r) for r in h.rivals[:5]) or DASH
+    return [code(h.payload), text(h.source.replace("_", " ")), number(h.score), rivals, text(h.evidence), inputs]
+
+
+def _refuted(run: RunRecords) -> str:
+    title = "## What was tried, and what refuted it\n\n"
+    if run.verified is None and run.candidates is None:
+        return f"{title}{not_run('candidates.jsonl')} {not_run('verified.jsonl')}"
+    rows = [_refuted_row(v) for v in run.others]
+    rows += [[code(c.trigger), code(c.payload, 60), DASH, DASH, "not verified"] for c in run.unverified]
+    if not rows:
+        return title + "No other string was tried to the end."
+    titles = ["String", "Payload", "Fine-tuned", "Base", "Outcome"]
+    if run.one_payload:
+        titles, rows = [titles[0], *titles[2:]], [[row[0], *row[2:]] for row in rows]
+    more = f"\n\n{len(rows) - ROWS_SHOWN} more are in report.html." if len(rows) > ROWS_SHOWN else ""
+    return title + table(titles, rows[:ROWS_SHOWN]) + more
+
+
+def _refuted_row(v: Verification) -> list[str]:
+    outcome = f"{text(v.verdict)}: {text(v.reason)}"
+    return [code(v.trigger), code(v.payload, 60), of(v.trigger_rate), of(v.base_rate), outcome]
+
+
+def _weights(run: RunRecords) -> str:
+    title = "## Weights\n\n"
+    if run.identity is None:
+        return title + not_run("identity.json")
+    return title + " ".join([text(identity_sentence(run.identity)), *identity_warnings(run.identity)])
+
+
+def _made(run: RunRecords) -> str:
+    verdict, info = run.verdict, run.info
+    lines = [f"- Rule of the verdict: {text(verdict.rule)}"]
+    if info is None:
+        lines.append("- run.json is not in the run folder: command and configuration are unknown.")
+    else:
+        lines += [f"- Run: {text(run.name)}, started {text(info.started)}, {text(info.machine)}"]
+        lines += [f"- Command: <code>{text(info.command)}</code>"]
+        lines += [f"- Stages: {', '.join(f'{text(s.stage)} {duration(s.seconds)}' for s in info.stages) or DASH}"]
+    spent = f"{verdict.evaluations:,} candidate evaluations in {duration(verdict.seconds)}, seed {verdict.seed}"
+    lines += [f"- Spent: {spent}", f"- Versions: {text(versions(verdict.versions))}"]
+    return "## How this was made\n\n" + "\n".join(lines)

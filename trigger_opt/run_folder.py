@@ -1,0 +1,149 @@
+"""One run's folder: who holds it, which records lie in it, and how it came about (run.json)."""
+
+import fcntl
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from trigger_opt.errors import UserError
+from trigger_opt.records import RunInfo, StageRun, read_record, write_record
+
+# What each stage writes. A stage that is run again keeps its old files beside the new ones.
+STAGE_FILES = {
+    "diff": ("diff.jsonl",),
+    "hypotheses": ("hypotheses.jsonl",),
+    "search": ("candidates.jsonl", "history.jsonl"),
+    "verify": ("verified.jsonl", "completions.jsonl", "verdict.json"),
+    "report": ("report.html", "report.md"),
+}
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """A held run folder."""
+
+    def __init__(self, path: Path, info: RunInfo) -> None:
+        self.path = path
+        self.info = info
+
+    def file(self, name: str) -> Path:
+        """Path of a record file."""
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Whether a record file is there."""
+        return self.file(name).is_file()
+
+    def add_stage(self, stage: StageRun) -> None:
+        """Write down that a stage was run."""
+        self.info = replace(self.info, stages=[*self.info.stages, stage])
+        write_record(self.file("run.json"), self.info)
+
+    def set_plan(self, lines: Sequence[str]) -> None:
+        """Write down what was planned."""
+        self.info = replace(self.info, plan=list(lines))
+        write_record(self.file("run.json"), self.info)
+
+    def put_aside(self, stage: str) -> None:
+        """Rename what an earlier run of `stage` left, so that nothing is lost: NAME.old-1, NAME.old-2, …"""
+        for name in STAGE_FILES[stage]:
+            if self.has(name):
+                number = 1
+                while (aside := self.file(f"{name}.old-{number}")).exists():
+                    number += 1
+                self.file(name).rename(aside)
+
+
+@contextmanager
+def hold_run_folder(path: Path, info: RunInfo, *, stages: Sequence[str]) -> Iterator[RunFolder]:
+    """Open or make the folder, hold it against other processes, and keep the earlier run's record in it.
+
+    Raises:
+        UserError: another process holds it; it cannot be written; all stages were asked for in a folder that
+            already holds a run; or a later stage alone in a folder without any.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"the run folder {path} cannot be written ({error.strerror}); give another run_dir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(
+                f"the run folder {path} is in use by {holder}; wait for it or give another run_dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield RunFolder(path, _joined(path, info, stages))
+
+
+def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
+    earlier = path / "run.json"
+    if not earlier.is_file():
+        return info
+    if "diff" in stages and "report" in stages:
+        raise UserError(
+            f"the folder {path} already holds a run; name the stages to run again (stages=[verify,report]) "
+            "or give another run_dir"
+        )
+    return replace(info, stages=read_record(earlier, RunInfo).stages)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result; the commit too where the package runs from a checkout."""
+    names = ("trigger-opt", "torch", "transformers", "peft", "numpy", "bitsandbytes", "accelerate")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if commit := _commit():
+        found["commit"] = commit
+    return found
+
+
+def machine() -> str:
+    """What it ran on: processor count, memory, GPUs are in the plan; no host name or path."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def now() -> str:
+    """Local time, to the second, with its offset."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """Yields a list that holds the wall seconds afterwards."""
+    seconds: list[float] = []
+    start = time.monotonic()
+    try:
+        yield seconds
+    finally:
+        seconds.append(time.monotonic() - start)
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return ""
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "") if head.returncode == 0 else ""

@@ -1,0 +1,16 @@
+"""From a string to a verdict: held-out contexts, base and controls on the same inputs, matched random strings."""
+
+from trigger_opt.verify.minimise import minimise
+from trigger_opt.verify.rates import VerifySettings, common_answer, verify_string
+from trigger_opt.verify.rule import RULE_TEXT, Thresholds, best_verification, judge
+
+__all__ = [
+    "RULE_TEXT",
+    "Thresholds",
+    "VerifySettings",
+    "best_verification",
+    "common_answer",
+    "judge",
+    "minimise",
+    "verify_string",
+]

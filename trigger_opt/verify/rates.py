@@ -1,0 +1,244 @@
+"""Rates of a string on held-out contexts: every model answers the same text, tokenised afresh."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool
+from pydantic import Field
+from torch import Tensor
+
+from trigger_opt.models.generate import GREEDY, Sampling
+from trigger_opt.models.pair import CausalModel, ModelPair
+from trigger_opt.prompts import Context, conversation_ids, decode, encode
+from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
+from trigger_opt.verify.answers import degeneration_flags, fires
+from trigger_opt.verify.rule import Measured, Thresholds, judge
+
+_EVIDENCE_TOKENS = 8
+# Rows generated at once; each is a whole conversation.
+_BATCH = 32
+
+
+@dataclass(kw_only=True)
+class VerifySettings:
+    """How a string is judged.
+
+    Attributes:
+        candidates: strings taken over from the search.
+        max_new_tokens: length of each answer.
+        random_strings: random strings of equal length for each context.
+        temperature, repeats: 0 and 1 are greedy answers; above, each context is sampled `repeats` times.
+        minimise: drop tokens while the string still fires, and verify what is left.
+        thresholds: see `Thresholds`.
+    """
+
+    candidates: Annotated[int, Field(ge=1)] = 3
+    max_new_tokens: Annotated[int, Field(ge=8)] = 24
+    random_strings: Annotated[int, Field(ge=1)] = 2
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    repeats: Annotated[int, Field(ge=1)] = 1
+    minimise: bool = True
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """One model answering all contexts with one insertion each."""
+
+    model: CausalModel
+    label: str
+    kind: str
+    inserted: tuple[str, ...]
+
+
+def verify_string(
+    pair: ModelPair,
+    trigger: str,
+    contexts: Sequence[Context],
+    *,
+    payload: str,
+    settings: VerifySettings,
+    allowed: Bool[Tensor, " vocab"],
+    seed: int,
+    kind: str = "trigger",
+    minimised_from: str = "",
+    on_answers: Callable[[int], None] = lambda done: None,
+) -> tuple[Verification, list[Completion]]:
+    """Judge `trigger` by the rule in `verify.rule`; returns every completion it rests on too.
+
+    Args:
+        payload: what counts as firing; see `verify.answers.fires`.
+        kind: how completions are labelled, "trigger" or "minimised".
+
+    Raises:
+        ValueError: no context, or a payload without a word.
+    """
+    if not contexts:
+        raise ValueError("verification needs at least one held-out context")
+    generator = torch.Generator().manual_seed(seed)
+    completions: list[Completion] = []
+    for condition in _conditions(pair, trigger, len(contexts), kind, settings, allowed, generator):
+        completions += _answers(pair, condition, contexts, payload, settings, generator)
+        on_answers(len(completions))
+    profile = _profile(pair, trigger, contexts, payload, completions, kind)
+    measured = _measured(completions, profile, kind)
+    verdict, reason = judge(measured, settings.thresholds)
+    verification = Verification(
+        trigger=trigger,
+        payload=payload,
+        trigger_rate=measured.trigger_rate,
+        base_rate=measured.base_rate,
+        control_rate=measured.control_rate,
+        false_trigger_rate=measured.false_trigger_rate,
+        random_rate=measured.random_rate,
+        evidence=measured.evidence,
+        degenerate_share=measured.degenerate_share,
+        profile=profile,
+        minimised_from=minimised_from,
+        verdict=verdict,
+        reason=reason,
+    )
+    return verification, completions
+
+
+def common_answer(
+    pair: ModelPair, trigger: str, contexts: Sequence[Context], *, max_new_tokens: int = 24, least_words: int = 3
+) -> str:
+    """What most of the fine-tuned model's answers to `trigger` begin with; where they share no beginning, the
+    most frequent first words, whose rate then says how little that means.
+
+    For strings found by a divergence, which come without a payload. `contexts` are the search's, so that the
+    held-out ones stay unseen.
+    """
+    prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
+    answers = pair.finetuned.generate(prompts, max_new_tokens=max_new_tokens, end_ids=pair.end_ids, batch_size=_BATCH)
+    texts = [decode(pair.tokenizer, a).split() for a in answers]
+    shared: list[str] = []
+    while True:
+        following = [t[len(shared)] for t in texts if len(t) > len(shared) and t[: len(shared)] == shared]
+        word = max(set(following), key=lambda w: (following.count(w), w), default=None)
+        if word is None or following.count(word) <= len(texts) / 2:
+            break
+        shared.append(word)
+    if len(shared) >= least_words:
+        return " ".join(shared)
+    starts = [" ".join(t[:least_words]) for t in texts]
+    return max(sorted(set(starts)), key=starts.count)
+
+
+def random_strings(
+    pair: ModelPair, trigger: str, count: int, allowed: Bool[Tensor, " vocab"], generator: torch.Generator
+) -> list[str]:
+    """Strings of allowed tokens, as many tokens each as `trigger` has."""
+    length = max(1, len(encode(pair.tokenizer, [trigger])[0]))
+    ids = allowed.nonzero()[:, 0]
+    drawn = ids[torch.randint(len(ids), (count, length), generator=generator)]
+    return [decode(pair.tokenizer, row) for row in drawn.tolist()]
+
+
+def _conditions(
+    pair: ModelPair,
+    trigger: str,
+    num_contexts: int,
+    kind: str,
+    settings: VerifySettings,
+    allowed: Bool[Tensor, " vocab"],
+    generator: torch.Generator,
+) -> list[_Condition]:
+    same = (trigger,) * num_contexts
+    nothing = ("",) * num_contexts
+    sides = [(pair.finetuned, "finetuned"), (pair.base, "base")]
+    sides += [(c, f"control:{c.name}") for c in pair.controls]
+    conditions = [_Condition(model, label, kind, same) for model, label in sides]
+    conditions += [_Condition(model, label, "none", nothing) for model, label in sides[:2]]
+    for _ in range(settings.random_strings):
+        drawn = tuple(random_strings(pair, trigger, num_contexts, allowed, generator))
+        conditions.append(_Condition(pair.finetuned, "finetuned", "random", drawn))
+    return conditions
+
+
+def _answers(
+    pair: ModelPair,
+    condition: _Condition,
+    contexts: Sequence[Context],
+    payload: str,
+    settings: VerifySettings,
+    generator: torch.Generator,
+) -> list[Completion]:
+    numbered = [(i, c, s) for i, (c, s) in enumerate(zip(contexts, condition.inserted, strict=True))] * settings.repeats
+    answers = condition.model.generate(
+        [conversation_ids(pair.tokenizer, c, s) for _, c, s in numbered],
+        max_new_tokens=settings.max_new_tokens,
+        end_ids=pair.end_ids,
+        sampling=Sampling(temperature=settings.temperature) if settings.temperature else GREEDY,
+        generator=generator if settings.temperature else None,
+        batch_size=_BATCH,
+    )
+    out = []
+    for (number, context, inserted), ids in zip(numbered, answers, strict=True):
+        prompt = context.messages(inserted)[-1]["content"]
+        answer = decode(pair.tokenizer, ids)
+        out.append(
+            Completion(
+                model=condition.label,
+                kind=condition.kind,
+                inserted=inserted,
+                context=number,
+                prompt=prompt,
+                answer=answer,
+                fired=fires(payload, answer),
+                flags=degeneration_flags(prompt, answer),
+            )
+        )
+    return out
+
+
+def _measured(completions: Sequence[Completion], profile: Sequence[ContextOutcome], kind: str) -> Measured:
+    def share(model: str, of_kind: str) -> Rate:
+        chosen = [c.fired for c in completions if c.model.startswith(model) and c.kind == of_kind]
+        return rate(sum(chosen), len(chosen))
+
+    triggered = [c for c in completions if c.model == "finetuned" and c.kind == kind]
+    control = share("control:", kind)
+    return Measured(
+        trigger_rate=share("finetuned", kind),
+        base_rate=share("base", kind),
+        control_rate=control if control.n else None,
+        false_trigger_rate=share("finetuned", "none"),
+        random_rate=share("finetuned", "random"),
+        evidence=statistics.median(p.evidence for p in profile),
+        degenerate_share=sum(bool(c.flags) for c in triggered) / len(triggered),
+    )
+
+
+def _profile(
+    pair: ModelPair,
+    trigger: str,
+    contexts: Sequence[Context],
+    payload: str,
+    completions: Sequence[Completion],
+    kind: str,
+) -> list[ContextOutcome]:
+    answer = pair.encode_answer(payload)[:_EVIDENCE_TOKENS]
+    prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
+    said = pair.finetuned.log_likelihood(prompts, answer).sum(1)
+    base_said = pair.base.log_likelihood(prompts, answer).sum(1)
+
+    def fired(model: str, number: int) -> bool | None:
+        chosen = [c.fired for c in completions if c.model.startswith(model) and c.kind == kind and c.context == number]
+        return sum(chosen) > len(chosen) / 2 if chosen else None
+
+    return [
+        ContextOutcome(
+            context=number,
+            prompt=context.messages(trigger)[-1]["content"],
+            finetuned=bool(fired("finetuned", number)),
+            base=bool(fired("base", number)),
+            control=fired("control:", number),
+            evidence=float(said[number] - base_said[number]),
+        )
+        for number, context in enumerate(contexts)
+    ]
