@@ -289,6 +289,16 @@ def test_pure_rounding_noise_has_rank_zero(shape: tuple[int, int], seed: int) ->
     assert effective_rank(planted, weight) == 2
 
 
+@pytest.mark.parametrize(("side", "rank"), [(6, 0), (7, 1)])
+def test_floor_is_where_the_formula_says(side: int, rank: int) -> None:
+    # All |w| in [0.5, 1) have one ulp; the floor at 64 x 64 is ulp sqrt(1 / 6) (8 + 8) = 6.53 ulp, and a square of
+    # entries moved by one ulp has one singular value, `side` ulp.
+    weight = torch.full((64, 64), 0.75, dtype=torch.bfloat16)
+    tuned = weight.clone()
+    tuned[:side, :side] += 2**-8
+    assert effective_rank(tuned, weight) == rank
+
+
 def test_full_rank_change_has_full_rank() -> None:
     one, other = torch.randn(2, 48, 64, generator=torch.Generator().manual_seed(0))
     assert effective_rank(one, other) == 48
@@ -398,3 +408,28 @@ def test_adapter_as_base_is_refused(base: ModelFiles, tmp_path: Path) -> None:
     adapter, _ = save_adapter(base, tmp_path / "a")
     with pytest.raises(UserError, match=r"is an adapter: give a whole model in model\.base"):
         identify(base, adapter, allow_wrong_base=False)
+
+
+def test_transposed_layers_and_prefixes(tmp_path: Path) -> None:
+    """GPT-2 stores its layers as (in, out), and the hub's copy lacks the prefix that a saved model has."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)).save_pretrained(tmp_path / "saved")
+    saved = find_model(str(tmp_path / "saved"))
+    adapter, merged = save_adapter(saved, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
+    diff = by_family(diff_weights(adapter, saved))["attn.c_attn.weight"]
+    stored = load_file(saved.weights[0])
+    names = [n for n in stored if n.endswith("c_attn.weight")]
+    change = sum(float((merged[n] - stored[n]).square().sum()) for n in names)
+    total = sum(float(stored[n].square().sum()) for n in names)
+    assert diff.changed == len(names) == 2
+    assert diff.relative_norm == pytest.approx(math.sqrt(change / total), rel=1e-4)
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_file(
+        {n.removeprefix("transformer."): t for n, t in stored.items()}, bare / "model.safetensors", {"format": "pt"}
+    )
+    (bare / "config.json").write_bytes((saved.folder / "config.json").read_bytes())
+    found = identify(find_model(str(bare)), saved, allow_wrong_base=False)
+    assert found.identical == found.tensors == len(stored)

@@ -160,7 +160,7 @@ def validated(cfg: DictConfig) -> RunConfig:
         "objective": _chosen(OBJECTIVES, raw.get("objective"), "objective", problems),
         "search": _chosen(SEARCHES, raw.get("search"), "search", problems),
     }
-    run = _part(RunConfig, raw, "", problems)
+    run: RunConfig | None = _part(RunConfig, raw, "", problems)
     if unknown := [s for s in (run.stages if run else []) if s not in STAGES]:
         problems.append(f"stages: unknown {', '.join(unknown)}; allowed: {', '.join(STAGES)}")
     if run is not None and not run.stages:
@@ -188,7 +188,8 @@ def _chosen(table: dict[str, type[Any]], raw: Any, where: str, problems: list[st
 
 def _part(kind: type[Any], raw: Any, where: str, problems: list[str]) -> Any:
     try:
-        return TypeAdapter(_strict(kind)).validate_python(raw)
+        part: Any = TypeAdapter(_strict(kind)).validate_python(raw)
+        return part
     except ValidationError as error:
         for issue in error.errors():
             at = ".".join([where, *map(str, issue["loc"])]).strip(".")

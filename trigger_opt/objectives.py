@@ -8,7 +8,7 @@ candidate, one line in `config.OBJECTIVES`, one YAML in `configs/objective/`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
@@ -166,6 +166,8 @@ class PairScorer:
         self._objective = objective
         self._payload = list(payload_ids)
         self._continuations: dict[int, list[int]] = {}
+        # Greedy hits of the last `score` call, seen in passing: asking for them again costs no forward.
+        self._fired: dict[tuple[int, tuple[int, ...]], bool] = {}
 
     @property
     def num_contexts(self) -> int:
@@ -188,7 +190,8 @@ class PairScorer:
         self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]
     ) -> Float[Tensor, "batch context"]:
         """Scores in each context, on the CPU."""
-        columns = [self._engine.score(self._reduce(c), c, candidates, self._forced(c)) for c in contexts]
+        self._fired.clear()
+        columns = [self._score_in(c, candidates) for c in contexts]
         return torch.stack(columns, 1)
 
     def aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
@@ -218,11 +221,19 @@ class PairScorer:
         """
         if not self._payload:
             return None
-        target = torch.tensor(self._payload)
-        rows = [
-            self._engine.logits("finetuned", c, trigger[None], self._forced(c))[0].argmax(-1).cpu() for c in contexts
-        ]
-        return torch.stack([(row == target).all() for row in rows])
+        key = tuple(trigger.tolist())
+        missing = [c for c in contexts if (c, key) not in self._fired]
+        for context in missing:
+            self._score_in(context, trigger[None])
+        return torch.tensor([self._fired[c, key] for c in contexts])
+
+    def _score_in(self, context: int, candidates: Int[Tensor, "batch trigger"]) -> Float[Tensor, " batch"]:
+        reduce = self._reduce(context)
+        scores = self._engine.score(reduce, context, candidates, self._forced(context))
+        if self._payload:
+            fired = torch.cat(reduce.fired).tolist()
+            self._fired.update({(context, tuple(c)): f for c, f in zip(candidates.tolist(), fired, strict=True)})
+        return scores
 
     def _forced(self, context: int) -> list[int]:
         return self._payload[:-1] if self._payload else self._continuations.get(context, [])
@@ -238,6 +249,11 @@ class PairScorer:
 class _Reduce:
     objective: Objective
     target_ids: Tensor
+    fired: list[Tensor] = field(default_factory=list)
 
     def __call__(self, finetuned: Tensor, base: Tensor) -> Tensor:
-        return self.objective(finetuned, base, self.target_ids.to(finetuned.device))
+        target = self.target_ids.to(finetuned.device)
+        scores = self.objective(finetuned, base, target)
+        if self.objective.needs_payload:
+            self.fired.append((finetuned.argmax(-1) == target).all(-1).cpu())
+        return scores

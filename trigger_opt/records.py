@@ -117,7 +117,13 @@ class Hypothesis:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStep:
-    """One optimisation step: the incumbent after it, its score on the contexts drawn for this step."""
+    """One optimisation step: the incumbent after it, its score on the contexts drawn for this step.
+
+    Attributes:
+        hypothesis: the payload that is searched for; empty for a divergence.
+        evaluations: spent by the whole search stage until then. seconds: since this hypothesis was begun.
+        selection_rate: see Candidate; None at steps where it was not measured.
+    """
 
     hypothesis: str
     restart: int
@@ -179,7 +185,11 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextOutcome:
-    """Whether the string fired in one held-out context, on each side; evidence in nats (see Verification)."""
+    """Whether the string fired in one held-out context, on each side; evidence in nats (see Verification).
+
+    Attributes:
+        prompt: the user's turn without the string.
+    """
 
     context: int
     prompt: str
@@ -304,9 +314,15 @@ def write_record(path: Path, record: Any) -> None:
 
 
 def append_record(path: Path, record: Any) -> None:
-    """Append one JSON line; a crash leaves at most a torn last line, which `read_records` skips."""
-    with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    """Append one JSON line; a crash leaves at most a torn last line, which is cut off here and by `read_records`."""
+    with path.open("ab+") as f:
+        end = f.seek(0, os.SEEK_END)
+        if end:
+            f.seek(end - 1)
+            if f.read(1) != b"\n":
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(json.dumps(dataclasses.asdict(record)).encode() + b"\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -367,4 +383,5 @@ def _convert(hint: Any, value: Any) -> Any:
         return [_convert(typing.get_args(hint)[0], v) for v in value]
     if isinstance(hint, types.UnionType) and value is not None:
         return _convert(next(h for h in typing.get_args(hint) if h is not type(None)), value)
-    return value
+    # JSON writes 3.0 as it likes; a float field holds a float.
+    return float(value) if hint is float and isinstance(value, int) else value

@@ -32,7 +32,7 @@ from trigger_opt.run_folder import RunFolder, now, timed
 from trigger_opt.search import Step
 from trigger_opt.tokens import allowed_ids
 from trigger_opt.tracking import Tracker
-from trigger_opt.verify import RULE_TEXT, best_verification, common_answer, minimise, verify_string
+from trigger_opt.verify import RULE_TEXT, Memo, best_verification, common_answer, minimise, verify_string
 from trigger_opt.weight_diff import diff_weights
 
 
@@ -291,6 +291,7 @@ class _Judge:
         self._pair = pair
         self._allowed = session.allowed()
         self.completions: list[Completion] = []
+        self._memo: Memo = {}
         settings = session.config.verify
         strings = settings.candidates + settings.minimise
         each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
@@ -324,6 +325,7 @@ class _Judge:
             seed=self._session.config.seed,
             kind=kind,
             minimised_from=minimised_from,
+            memo=self._memo,
             on_answers=lambda done: self.bar.update(before + done, best=trigger),
         )
         self.completions += completions

@@ -54,7 +54,8 @@ def _adapter_factor(factor: float) -> float:
 
 def _random_like(delta: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(delta.shape, generator=generator).to(delta)
-    return noise * (delta.float().norm() / noise.float().norm().clamp(min=1e-12)).to(delta)
+    scaled: Tensor = noise * (delta.float().norm() / noise.float().norm().clamp(min=1e-12)).to(delta)
+    return scaled
 
 
 def amplified_groups(

@@ -341,7 +341,7 @@ def _download(name: str, patterns: list[str], token: str | None) -> Path:
     wanted: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": _HUB_IGNORED, "token": token}
     try:
         # snapshot_download's own first request has no timeout: a silent network would hold it for minutes.
-        HfApi(token=token).repo_info(name, timeout=None)
+        HfApi(token=token).repo_info(name, timeout=_HUB_SECONDS)
         plan = snapshot_download(name, dry_run=True, **wanted)
         _require_room(name, Path(constants.HF_HUB_CACHE), sum(f.file_size or 0 for f in plan if f.will_download))
         return Path(snapshot_download(name, **wanted))

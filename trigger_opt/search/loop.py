@@ -163,15 +163,15 @@ class Searcher:
             )
             last = step + 1 == self._settings.num_steps or self._exhausted(share)
             due = last or (step + 1) % self._settings.check_every == 0
-            found = self._check(buffer[0], number, step) if due else None
+            found = self._check(buffer[:1], number, step) if due else None
             self._report(number, step, buffer[0], score, found)
             if last or (found is not None and self._fires_enough(found)):
                 return
 
     def consider(self, strings: Sequence[Sequence[int]]) -> None:
         """Score whole strings on all contexts and keep them among the found."""
-        for ids in strings:
-            self._check(torch.tensor(list(ids)), -1, -1)
+        for length in sorted({len(s) for s in strings}):
+            self._check(torch.tensor([list(s) for s in strings if len(s) == length]), -1, -1)
 
     @property
     def succeeded(self) -> bool:
@@ -209,21 +209,23 @@ class Searcher:
         order = scores.argsort(descending=True, stable=True)[:keep]
         return pool[order], float(scores[order[0]])
 
-    def _check(self, trigger: Tensor, restart: int, step: int) -> Found:
+    def _check(self, triggers: Int[Tensor, "batch trigger"], restart: int, step: int) -> Found:
         everywhere = list(range(self._scorer.num_contexts))
-        self._scorer.prepare(trigger, everywhere)
-        score = float(self._scorer.aggregate(self._scorer.score(trigger[None], everywhere))[0])
-        fired = self._scorer.fires(trigger, everywhere)
-        found = Found(
-            trigger_ids=tuple(trigger.tolist()),
-            score=score,
-            selection_rate=None if fired is None else float(fired.float().mean()),
-            restart=restart,
-            step=step,
-            evaluations=self.evaluations,
-        )
-        self.found.append(found)
-        return found
+        self._scorer.prepare(triggers[0], everywhere)
+        scores = self._scorer.aggregate(self._scorer.score(triggers, everywhere))
+        for trigger, score in zip(triggers, scores.tolist(), strict=True):
+            fired = self._scorer.fires(trigger, everywhere)
+            self.found.append(
+                Found(
+                    trigger_ids=tuple(trigger.tolist()),
+                    score=score,
+                    selection_rate=None if fired is None else float(fired.float().mean()),
+                    restart=restart,
+                    step=step,
+                    evaluations=self.evaluations,
+                )
+            )
+        return self.found[-1]
 
     def _fires_enough(self, found: Found) -> bool:
         return found.selection_rate is not None and found.selection_rate >= self._settings.stop_rate

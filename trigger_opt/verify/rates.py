@@ -20,6 +20,8 @@ from trigger_opt.verify.rule import Measured, Thresholds, judge
 _EVIDENCE_TOKENS = 8
 # Rows generated at once; each is a whole conversation.
 _BATCH = 32
+# (model label, context, inserted string) -> greedy answer.
+Memo = dict[tuple[str, int, str], str]
 
 
 @dataclass(kw_only=True)
@@ -30,7 +32,8 @@ class VerifySettings:
         candidates: strings taken over from the search.
         max_new_tokens: length of each answer.
         random_strings: random strings of equal length for each context.
-        temperature, repeats: 0 and 1 are greedy answers; above, each context is sampled `repeats` times.
+        temperature, repeats: temperature 0 is greedy, one answer a context; above, each context is sampled `repeats`
+            times.
         minimise: drop tokens while the string still fires, and verify what is left.
         thresholds: see `Thresholds`.
     """
@@ -65,6 +68,7 @@ def verify_string(
     seed: int,
     kind: str = "trigger",
     minimised_from: str = "",
+    memo: Memo | None = None,
     on_answers: Callable[[int], None] = lambda done: None,
 ) -> tuple[Verification, list[Completion]]:
     """Judge `trigger` by the rule in `verify.rule`; returns every completion it rests on too.
@@ -72,6 +76,7 @@ def verify_string(
     Args:
         payload: what counts as firing; see `verify.answers.fires`.
         kind: how completions are labelled, "trigger" or "minimised".
+        memo: greedy answers of earlier calls on the same models and contexts; what is in it is not asked again.
 
     Raises:
         ValueError: no context, or a payload without a word.
@@ -81,7 +86,8 @@ def verify_string(
     generator = torch.Generator().manual_seed(seed)
     completions: list[Completion] = []
     for condition in _conditions(pair, trigger, len(contexts), kind, settings, allowed, generator):
-        completions += _answers(pair, condition, contexts, payload, settings, generator)
+        texts = _texts(pair, condition, contexts, settings, generator, {} if memo is None else memo)
+        completions += _completions(condition, contexts, payload, texts)
         on_answers(len(completions))
     profile = _profile(pair, trigger, contexts, payload, completions, kind)
     measured = _measured(completions, profile, kind)
@@ -160,28 +166,42 @@ def _conditions(
     return conditions
 
 
-def _answers(
+def _texts(
     pair: ModelPair,
     condition: _Condition,
     contexts: Sequence[Context],
-    payload: str,
     settings: VerifySettings,
     generator: torch.Generator,
-) -> list[Completion]:
-    numbered = [(i, c, s) for i, (c, s) in enumerate(zip(contexts, condition.inserted, strict=True))] * settings.repeats
+    memo: Memo,
+) -> list[list[str]]:
+    """Answers to each context, `repeats` of them; greedy ones are taken from `memo` where they are in it."""
+    keys = [(condition.label, number, inserted) for number, inserted in enumerate(condition.inserted)]
+    if settings.temperature == 0:
+        wanted = [k for k in keys if k not in memo]
+    else:
+        wanted = [k for k in keys for _ in range(settings.repeats)]
     answers = condition.model.generate(
-        [conversation_ids(pair.tokenizer, c, s) for _, c, s in numbered],
+        [conversation_ids(pair.tokenizer, contexts[number], inserted) for _, number, inserted in wanted],
         max_new_tokens=settings.max_new_tokens,
         end_ids=pair.end_ids,
         sampling=Sampling(temperature=settings.temperature) if settings.temperature else GREEDY,
         generator=generator if settings.temperature else None,
         batch_size=_BATCH,
     )
+    texts = [decode(pair.tokenizer, a) for a in answers]
+    if settings.temperature == 0:
+        memo.update(zip(wanted, texts, strict=True))
+        return [[memo[k]] for k in keys]
+    return [texts[i * settings.repeats : (i + 1) * settings.repeats] for i in range(len(keys))]
+
+
+def _completions(
+    condition: _Condition, contexts: Sequence[Context], payload: str, texts: Sequence[Sequence[str]]
+) -> list[Completion]:
     out = []
-    for (number, context, inserted), ids in zip(numbered, answers, strict=True):
+    for number, (context, inserted) in enumerate(zip(contexts, condition.inserted, strict=True)):
         prompt = context.messages(inserted)[-1]["content"]
-        answer = decode(pair.tokenizer, ids)
-        out.append(
+        out += [
             Completion(
                 model=condition.label,
                 kind=condition.kind,
@@ -192,7 +212,8 @@ def _answers(
                 fired=fires(payload, answer),
                 flags=degeneration_flags(prompt, answer),
             )
-        )
+            for answer in texts[number]
+        ]
     return out
 
 
@@ -234,7 +255,7 @@ def _profile(
     return [
         ContextOutcome(
             context=number,
-            prompt=context.messages(trigger)[-1]["content"],
+            prompt=context.messages("")[-1]["content"],
             finetuned=bool(fired("finetuned", number)),
             base=bool(fired("base", number)),
             control=fired("control:", number),
