@@ -12,20 +12,41 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from trigger_opt import pipeline
-from trigger_opt.config import register, register_resolvers, validated
+from trigger_opt.config import composition_problem, register, register_resolvers, validated
 from trigger_opt.errors import UserError
 from trigger_opt.paths import data_dir
 
 register_resolvers()
 register()
 
+# What a disk answers to a run folder that cannot be there; any other OSError is a defect and shows its traceback.
+_NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+def main() -> None:
+    """Run; a user's mistake is one line on stderr and exit code 2, whoever notices it."""
+    # Hydra alone would print several lines and advice on debugging Hydra; raised, its errors become one line too.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _composed()
+    except OSError as error:
+        if isinstance(error, HydraException):
+            sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
+        if error.errno not in _NO_FOLDER:
+            raise
+        sys.exit(_stop(f"{error.filename} cannot be written ({error.strerror}); give another run_dir", 2))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
+
 
 @hydra.main(version_base="1.3", config_path=str(data_dir("configs")), config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Compose, validate, run; a user's mistake is one line and exit code 2."""
+def _composed(cfg: DictConfig) -> None:
+    """Validate and run what Hydra composed."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         config = validated(cfg)

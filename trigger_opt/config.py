@@ -12,8 +12,9 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from trigger_opt.errors import UserError
@@ -54,7 +55,7 @@ class ModelConfig:
     controls: list[str] = field(default_factory=list)
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")] = "bfloat16"
     quantization: Annotated[str, Field(pattern="^(none|int8|nf4)$")] = "none"
-    device: Annotated[str, Field(pattern=r"^(cpu|auto|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern="^(cpu|auto|cuda|cuda:[0-9]+)$")] = "auto"
     allow_pickle: bool = False
     allow_code: bool = False
     allow_wrong_base: bool = False
@@ -151,7 +152,7 @@ def validated(cfg: DictConfig) -> RunConfig:
     try:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"bad configuration: {str(error).splitlines()[0]}") from None
+        raise UserError(f"bad configuration: {composition_problem(error)}") from None
     assert isinstance(raw, dict)
     problems: list[str] = []
     parts: dict[str, Any] = {
@@ -171,6 +172,22 @@ def validated(cfg: DictConfig) -> RunConfig:
         setattr(run, key, value)
     run.stages = [s for s in STAGES if s in run.stages]
     return run
+
+
+def composition_problem(error: Exception) -> str:
+    """One line of what Hydra and OmegaConf say in several about a configuration that does not compose."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).split("\nConfig search path")[0].splitlines() if line.strip()]
+    if isinstance(error, MissingConfigException) and error.options:
+        options = ", ".join(o for o in error.options if not o.endswith("_schema"))
+        return f"there is no {error.missing_cfg_file}; choose from {options}"
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return f"{cause.full_key}: is no setting; check the spelling against configs/"
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} is not set; give {cause.full_key}=…"
+        return f"{cause.full_key}: {lines[0][:1].lower()}{lines[0][1:]}"
+    return "; ".join(line.rstrip(".") for line in lines)
 
 
 def as_yaml(cfg: DictConfig) -> str:

@@ -7,7 +7,7 @@ import torch
 from trigger_opt import api
 from trigger_opt.config import ModelConfig, RunConfig
 from trigger_opt.errors import UserError
-from trigger_opt.models.files import ModelFiles, validate_weights
+from trigger_opt.models.files import HubUnreachableError, ModelFiles, validate_weights
 from trigger_opt.models.pair import LoadOptions
 from trigger_opt.models.plan import (
     MemoryPlan,
@@ -20,6 +20,8 @@ from trigger_opt.models.plan import (
     plan_from_count,
     plan_memory,
 )
+from trigger_opt.verify.answers import payload_words
+from trigger_opt.weight_diff import precision_note
 
 # What stands after the slot in a chat template before the answer begins, and before it; measured on five families.
 _TOKENS_AFTER_SLOT = 12
@@ -38,8 +40,10 @@ def plan_run(config: RunConfig) -> Plan:
     """Find the models and check that they fit, from their configurations alone.
 
     Raises:
-        UserError: a model is missing, damaged or refused; the memory or the device is not there.
+        UserError: a context or the payload cannot be used; a model is missing, damaged or refused; the memory or
+            the device is not there.
     """
+    _check_texts(config)
     model: ModelConfig = config.model
     device = _device(model.device)
     remedy = f"or run +experiment={model.smaller_experiment}, which fits a laptop"
@@ -57,7 +61,8 @@ def plan_run(config: RunConfig) -> Plan:
         f"stages {' > '.join(config.stages)}; objective {config.objective.name}, search {config.search.name}, "
         f"at most {_bound(config)}",
     ]
-    return Plan(files, head + plan.lines())
+    note = precision_note(files[0], base=files[1])
+    return Plan(files, head + plan.lines() + ([note] if note else []))
 
 
 def load_options(config: RunConfig) -> LoadOptions:
@@ -71,6 +76,15 @@ def load_options(config: RunConfig) -> LoadOptions:
         device_map="auto" if several else device,
         allow_code=model.allow_code,
     )
+
+
+def _check_texts(config: RunConfig) -> None:
+    api.contexts_from(config.contexts.search, "search")
+    api.contexts_from(config.contexts.held_out, "held_out")
+    api.contexts_from(config.hypotheses.contexts, "hypotheses")
+    # Otherwise noticed by the verification only, after a whole search for nothing.
+    if config.payload and not payload_words(config.payload):
+        raise UserError(f"payload={config.payload!r} has no word; give what the model says, or payload='' for none")
 
 
 def _device(asked: str) -> str:
@@ -87,10 +101,10 @@ def _find(model: ModelConfig, remedy: str) -> list[ModelFiles]:
     for name in (model.finetuned, model.base, *model.controls):
         try:
             found.append(api.model_files(name, allow_pickle=model.allow_pickle, allow_code=model.allow_code))
-        except UserError:
-            if model.num_parameters and "/" in name:
-                raise missing_weights_error(name, 2 * model.num_parameters, remedy=remedy) from None
-            raise
+        except HubUnreachableError:
+            if model.num_parameters is None:
+                raise
+            raise missing_weights_error(name, 2 * model.num_parameters, remedy=remedy) from None
     return found
 
 

@@ -328,7 +328,8 @@ class _Judge:
             memo=self._memo,
             on_answers=lambda done: self.bar.update(before + done, best=trigger),
         )
-        self.completions += completions
+        # Answers with nothing inserted are the same for every string of one payload: written down once.
+        self.completions += [c for c in completions if c.kind != "none" or c not in self.completions]
         return verification
 
 

@@ -40,6 +40,10 @@ _DTYPES = {
 }
 
 
+class HubUnreachableError(UserError):
+    """A hub model is not on this machine and cannot be fetched."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """The files of one model.
@@ -359,8 +363,8 @@ def _download(name: str, patterns: list[str], token: str | None) -> Path:
         raise _unreachable(name, error) from None
 
 
-def _unreachable(name: str, error: Exception) -> UserError:
-    return UserError(
+def _unreachable(name: str, error: Exception) -> HubUnreachableError:
+    return HubUnreachableError(
         f"the weights of {name!r} are not on this machine and the hub cannot be reached ({type(error).__name__}): "
         f"run `hf download {name}` on a machine with network and copy its cache folder, or give a local model folder"
     )

@@ -106,7 +106,7 @@ class Engine:
                 logits[side] = self._forward(side, context, leaves[side], forced)
             score = reduce(logits["finetuned"], logits["base"].to(logits["finetuned"].device))[0]
             sides = list(leaves)
-            slopes = torch.autograd.grad(score, [leaves[s] for s in sides])
+            slopes = torch.autograd.grad(score, [leaves[s] for s in sides], allow_unused=True, materialize_grads=True)
         total = torch.zeros(len(trigger), self.vocab_size)
         for side, slope in zip(sides, slopes, strict=True):
             embedding = self._models[side].embedding
