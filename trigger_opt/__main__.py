@@ -4,8 +4,11 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import sys
+import warnings
 from pathlib import Path
+from types import FrameType
 
 # Before torch is imported: with the default, a busy neighbour makes every small product 60 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,7 +50,8 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(data_dir("configs")), config_name="config")
 def _composed(cfg: DictConfig) -> None:
     """Validate and run what Hydra composed."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _quieten_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         config = validated(cfg)
         settings = OmegaConf.to_container(cfg, resolve=True)
@@ -68,6 +72,20 @@ def _composed(cfg: DictConfig) -> None:
         sys.exit(
             _stop(f"no space left on the disk of {error.filename or 'the run folder'}; the records so far are kept", 2)
         )
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # An exception, so that records and trackers are closed on the way out.
+    sys.exit(128 + signum)
+
+
+def _quieten_libraries() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _stop(message: str, code: int) -> int:

@@ -112,12 +112,14 @@ def search(
     policy: TokenPolicy | None = None,
     seed: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
+    on_found: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Candidate]:
     """Strings that raise the objective in `contexts`, best first.
 
     Args:
         hypothesis: the payload to raise, and strings to begin from; without one a divergence is searched.
         objective: by default `Payload` with a hypothesis and `JensenShannon` without.
+        on_found: gets each string as soon as it is scored in all contexts, so that an interrupt loses none.
 
     Raises:
         UserError: the objective needs a payload and there is none, or it tokenises to nothing, or no string
@@ -141,6 +143,7 @@ def search(
             seeds=_seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(),
             generator=torch.Generator().manual_seed(seed),
             on_step=on_step,
+            on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed)),
         )
     except ValueError as error:
         raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None

@@ -224,6 +224,7 @@ def _search_one(
     if strategy.max_evaluations is not None:
         strategy.max_evaluations = max(1, (strategy.max_evaluations - spent) // goals_left)
     payload = goal.payload if goal else ""
+    caught: dict[str, Candidate] = {}
     tokenizer = session.pair().tokenizer
     total = strategy.num_steps * strategy.num_restarts
     with stage_progress("search", total=total, unit="step", seconds=strategy.max_seconds) as bar:
@@ -239,16 +240,22 @@ def _search_one(
             )
             _record_step(session, payload, text, step, spent)
 
-        found += api.search(
-            session.pair(),
-            session.search_contexts,
-            hypothesis=goal,
-            objective=objective,
-            strategy=strategy,
-            policy=session.config.tokens,
-            seed=session.config.seed,
-            on_step=on_step,
-        )
+        try:
+            found += api.search(
+                session.pair(),
+                session.search_contexts,
+                hypothesis=goal,
+                objective=objective,
+                strategy=strategy,
+                policy=session.config.tokens,
+                seed=session.config.seed,
+                on_step=on_step,
+                on_found=lambda c: caught.update({c.trigger: c}),
+            )
+        except BaseException:
+            # Ctrl-C, a full disk: `search` still writes what came up until then.
+            found += caught.values()
+            raise
     session._searched = True
 
 

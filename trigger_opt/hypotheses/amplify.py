@@ -18,7 +18,7 @@ from trigger_opt.prompts import Context, conversation_ids, decode
 from trigger_opt.records import Hypothesis
 
 _ANSWER_TOKENS = 16
-_KEY_TOKENS = 5
+_KEY_TOKENS = 3
 # An answer less likely than this to the base, in nats a token, is babble.
 _COHERENT_NATS = 6.0
 _LEAST_RECURRING = 2
@@ -99,7 +99,8 @@ def _judge(
     text = decode(pair.tokenizer, payload).strip()
     words = text.split()
     varied = len(words) > 0 and len(set(words)) >= 0.3 * len(words)
-    nats = -float(pair.base.log_likelihood(prompts[:1], payload).mean())
+    # On the whole answer: the first tokens of a payload are unlikely to the base by definition.
+    nats = -float(pair.base.log_likelihood(prompts[:1], answers[0]).mean())
     if nats > _COHERENT_NATS or not varied:
         return []
     score = float(sequence_shift(model, pair.base, prompts, payload[:8], cap=cap).mean())

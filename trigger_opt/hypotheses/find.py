@@ -38,8 +38,8 @@ class HypothesisSettings:
         groups: groups of each source that are rolled out.
         payload_tokens: a payload's greatest length; min_tokens: a shorter one is no fixed string.
         cap: nats; log-ratio of a whole payload at which its score saturates.
-        min_score: nats; a weaker hypothesis is not one. A clean twin's best scored far below this and a planted
-            payload's far above (experiments/LOG.md).
+        min_score: nats; a weaker hypothesis is not one. A clean twin's best scored 3.7 and a planted payload 13.5
+            and more (experiments/LOG.md).
         keep: at most so many hypotheses come out.
         amplify: factors a of W0 + a (W - W0); empty for none.
         contexts: user turns with a slot, short ones: each costs a pass over all inputs.
@@ -52,7 +52,7 @@ class HypothesisSettings:
     payload_tokens: Annotated[int, Field(ge=4)] = 20
     min_tokens: Annotated[int, Field(ge=1)] = 3
     cap: Annotated[float, Field(gt=0)] = 16.0
-    min_score: Annotated[float, Field(ge=0)] = 4.0
+    min_score: Annotated[float, Field(ge=0)] = 6.0
     keep: Annotated[int, Field(ge=1)] = 3
     amplify: list[float] = field(default_factory=lambda: [1.5, 2.0])
     contexts: list[str] = field(default_factory=lambda: ["{trigger}", "Tell me more. {trigger}"])
@@ -95,15 +95,20 @@ def find_hypotheses(
 
 
 def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
-    """Each payload once (those that begin alike are one, with the inputs of all), best first, weak ones left out."""
+    """Each payload once, best first, weak ones left out.
+
+    Payloads that begin alike are one: the longest stands for them (an amplified model tells the first words and
+    then babbles), with the inputs of all.
+    """
     merged: list[Hypothesis] = []
-    for hypothesis in sorted(found, key=lambda h: -h.score):
+    for hypothesis in sorted(found, key=lambda h: -len(h.payload.split())):
         alike = next((i for i, m in enumerate(merged) if _same_start(m.payload, hypothesis.payload)), None)
         if alike is None:
             merged.append(hypothesis)
         else:
             inputs = list(dict.fromkeys([*merged[alike].inputs, *hypothesis.inputs]))
             merged[alike] = replace(merged[alike], inputs=inputs)
+    merged.sort(key=lambda h: -h.score)
     scores = [m.score for m in merged]
     strong = [replace(m, rivals=scores[i + 1 : i + 4]) for i, m in enumerate(merged) if m.score >= settings.min_score]
     return strong[: settings.keep]

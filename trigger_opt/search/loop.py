@@ -127,6 +127,10 @@ class SearchSettings:
     max_evaluations: Annotated[int, Field(ge=1)] | None = None
 
 
+def ignore_found(found: Found) -> None:
+    """For callers who wait for the end of a search."""
+
+
 class Searcher:
     """One search: a scorer, settings and the loop over restarts; strategies differ in `propose` only."""
 
@@ -138,12 +142,14 @@ class Searcher:
         valid: Validity,
         generator: torch.Generator,
         on_step: Callable[[Step], None],
+        on_found: Callable[[Found], None] = ignore_found,
     ) -> None:
         self._scorer = scorer
         self._settings = settings
         self._valid = valid
         self._generator = generator
         self._on_step = on_step
+        self._on_found = on_found
         self._start = time.monotonic()
         self._first_evaluation = scorer.evaluations
         self.found: list[Found] = []
@@ -225,6 +231,7 @@ class Searcher:
                     evaluations=self.evaluations,
                 )
             )
+            self._on_found(self.found[-1])
         return self.found[-1]
 
     def _fires_enough(self, found: Found) -> bool:

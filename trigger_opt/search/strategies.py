@@ -20,6 +20,7 @@ from trigger_opt.search.loop import (
     Seeds,
     Step,
     Validity,
+    ignore_found,
     initial_pool,
     ranked,
 )
@@ -41,8 +42,9 @@ class GCG(SearchSettings):
         seeds: Seeds,
         generator: torch.Generator,
         on_step: Callable[[Step], None],
+        on_found: Callable[[Found], None] = ignore_found,
     ) -> list[Found]:
-        """Strings found, best first."""
+        """Strings found, best first; `on_found` gets each at once, so that an interrupt loses none."""
 
         def propose(
             trigger: Int[Tensor, " trigger"], contexts: Sequence[int], count: int
@@ -60,6 +62,7 @@ class GCG(SearchSettings):
             seeds=seeds,
             generator=generator,
             on_step=on_step,
+            on_found=on_found,
         )
 
 
@@ -78,8 +81,9 @@ class RandomSearch(SearchSettings):
         seeds: Seeds,
         generator: torch.Generator,
         on_step: Callable[[Step], None],
+        on_found: Callable[[Found], None] = ignore_found,
     ) -> list[Found]:
-        """Strings found, best first."""
+        """Strings found, best first; `on_found` gets each at once, so that an interrupt loses none."""
 
         def propose(
             trigger: Int[Tensor, " trigger"], contexts: Sequence[int], count: int
@@ -96,6 +100,7 @@ class RandomSearch(SearchSettings):
             seeds=seeds,
             generator=generator,
             on_step=on_step,
+            on_found=on_found,
         )
 
 
@@ -109,6 +114,7 @@ def run_restarts(
     seeds: Seeds,
     generator: torch.Generator,
     on_step: Callable[[Step], None],
+    on_found: Callable[[Found], None] = ignore_found,
 ) -> list[Found]:
     """The restarts of one strategy; stops early once a string fires in enough contexts."""
     searcher = Searcher(
@@ -117,6 +123,7 @@ def run_restarts(
         valid=valid,
         generator=generator,
         on_step=on_step,
+        on_found=on_found,
     )
     searcher.consider(seeds.strings)
     for number in range(settings.num_restarts):
