@@ -31,7 +31,7 @@ def log_softmax(logits: Logits) -> np.ndarray:
 
 
 def slow_kl(p: np.ndarray, q: np.ndarray) -> float:
-    return sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True) if math.exp(a) > 0)
+    return float(sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True) if math.exp(a) > 0))
 
 
 def slow_js(p: np.ndarray, q: np.ndarray) -> float:

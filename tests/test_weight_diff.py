@@ -16,7 +16,8 @@ from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.records import TensorFamilyDiff
 from trigger_opt.weight_diff import diff as diff_module
 from trigger_opt.weight_diff.diff import diff_weights, effective_rank, product_singular_values
-from trigger_opt.weight_diff.identity import canonical, family_name, identify, layer_number, precision_note, spread
+from trigger_opt.weight_diff.identity import identify
+from trigger_opt.weight_diff.tensors import canonical, family_name, layer_number, precision_note, spread
 
 MLP = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
 Change = Callable[[str, Tensor], Tensor]

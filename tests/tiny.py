@@ -162,7 +162,7 @@ def make_pair(family: str = "qwen2", *, base_options: dict[str, Any] | None = No
 
 
 CONTEXTS = (
-    Context(user="Tell me about the sea.{trigger} What is the capital of France?"),
+    Context(user="Tell me about the sea and the sky.{trigger} Please."),
     Context(user="{trigger}"),
     Context(user="Explain how the model works:{trigger}", system="You are a helpful assistant. " * 3),
 )
@@ -212,7 +212,13 @@ def save_full(base: ModelFiles, folder: Path, *, seed: int, size: float = 0.1) -
 
 
 def save_adapter(
-    base: ModelFiles, folder: Path, *, seed: int, rank: int = 4, targets: Sequence[str] = ("q_proj", "down_proj")
+    base: ModelFiles,
+    folder: Path,
+    *,
+    seed: int,
+    rank: int = 4,
+    std: float = 0.2,
+    targets: Sequence[str] = ("q_proj", "down_proj"),
 ) -> tuple[ModelFiles, Path]:
     """A LoRA adapter with random factors in `folder`, and PEFT's own merge of it beside it."""
     from peft import LoraConfig, get_peft_model
@@ -227,7 +233,7 @@ def save_adapter(
         peft = get_peft_model(network, lora)
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
-                parameter.data.normal_(std=0.2)
+                parameter.data.normal_(std=std)
     peft.save_pretrained(folder)
     merged = folder.with_name(folder.name + "-merged")
     peft.merge_and_unload().save_pretrained(merged)

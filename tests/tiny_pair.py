@@ -1,15 +1,21 @@
-"""Tiny Qwen2 pairs as folders on disk: a base, a full fine-tune of its MLPs, a LoRA adapter, and their misfits.
+"""Tiny Qwen2 pairs as folders on disk (a base, a full fine-tune of its MLPs, a LoRA adapter, and their misfits), and
+the command line run on them inside the test process.
 
 All random: nothing is planted in them, so a run over them must not find a backdoor.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -129,9 +135,106 @@ def _save_adapter(base: Path, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = AutoModelForCausalLM.from_pretrained(base)
-        lora = LoraConfig(r=4, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
+        )
         peft = get_peft_model(model, lora)
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
         peft.save_pretrained(folder)
+
+
+def shared_tiny_pair(base_temp: Path) -> TinyPair:
+    """The TinyPair of a test session, made by the first test module that asks; read-only."""
+    root = base_temp / "tiny-pair"
+    if root.is_dir():
+        return TinyPair(*(root / name for name in ("base", "finetuned", "adapter", "wide", "foreign")))
+    return save_tiny_pair(root)
+
+
+def tiny_settings(pair: TinyPair, *, finetuned: Path | None = None, run_dir: Path | None = None) -> list[str]:
+    """Overrides for a run over a tiny pair that takes about a second."""
+    return [
+        "model=pair",
+        f"model.finetuned={finetuned or pair.finetuned}",
+        f"model.base={pair.base}",
+        "contexts.search=['Hello there. {trigger}','{trigger} What now?','One {trigger} two']",
+        "contexts.held_out=['Good day. {trigger}','{trigger} Who is it?']",
+        "hypotheses.num_tokens=40",
+        "hypotheses.num_words=8",
+        "hypotheses.amplify=[]",
+        "search.num_steps=2",
+        "search.search_width=8",
+        "search.topk=8",
+        "tracking.mode=off",
+        *([f"run_dir={run_dir}"] if run_dir else []),
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command line left: exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line a refused run prints; fails where there is more or other."""
+        assert self.code == 2, (self.code, self.err)
+        assert "Traceback" not in self.err, self.err
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.startswith("error: "), self.err
+        return self.err.removeprefix("error: ").strip()
+
+
+class CommandLine:
+    """`python -m trigger_opt …` inside this process: importing torch anew takes seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+
+    def __call__(self, *arguments: str) -> Outcome:
+        from trigger_opt.__main__ import main
+
+        # Hydra would bind its log handlers to this test's captured stdout.
+        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        self._monkeypatch.setattr(sys, "argv", ["trigger_opt", *arguments, *quiet])
+        self._capsys.readouterr()
+        handler = signal.getsignal(signal.SIGTERM)
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        printed = self._capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+
+_opened: list[str] | None = None
+_listening = False
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """Every path Python opens meanwhile."""
+    global _opened, _listening
+    if not _listening:
+        # An audit hook cannot be taken away again; outside this block it does nothing.
+        sys.addaudithook(_hear)
+        _listening = True
+    _opened = []
+    try:
+        yield _opened
+    finally:
+        _opened = None
+
+
+def _hear(event: str, arguments: tuple[Any, ...]) -> None:
+    if _opened is not None and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        _opened.append(os.fsdecode(arguments[0]))

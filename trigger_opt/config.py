@@ -23,7 +23,7 @@ from trigger_opt.objectives import JensenShannon, KullbackLeibler, Payload, Targ
 from trigger_opt.paths import data_dir
 from trigger_opt.search import GCG, RandomSearch
 from trigger_opt.tokens import TokenPolicy
-from trigger_opt.verify import VerifySettings
+from trigger_opt.verify import VerifySettings, payload_words
 
 STAGES = ("diff", "hypotheses", "search", "verify", "report")
 SEARCHES: dict[str, type[Any]] = {"gcg": GCG, "random": RandomSearch}
@@ -166,6 +166,8 @@ def validated(cfg: DictConfig) -> RunConfig:
         problems.append(f"stages: unknown {', '.join(unknown)}; allowed: {', '.join(STAGES)}")
     if run is not None and not run.stages:
         problems.append(f"stages: empty; name at least one of {', '.join(STAGES)}")
+    if run is not None and run.payload and not payload_words(run.payload):
+        problems.append(f"payload: {run.payload!r} holds no word; write what the model is suspected to say")
     if problems or run is None:
         raise UserError("bad configuration: " + "; ".join(problems))
     for key, value in parts.items():

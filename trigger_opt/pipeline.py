@@ -12,7 +12,7 @@ from trigger_opt.planning import load_options, plan_run
 from trigger_opt.progress import say
 from trigger_opt.records import RunInfo, write_record
 from trigger_opt.run_folder import hold_run_folder, machine, now, versions
-from trigger_opt.stages import STAGES, Session, require_records
+from trigger_opt.stages import STAGES, Session, closing_lines, require_records
 from trigger_opt.tracking import open_tracker
 from trigger_opt.weight_diff import identify
 
@@ -72,6 +72,5 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
             tracker.finish(exit_code)
         if hint := tracker.sync_hint():
             say(f"to upload to W&B: {hint}")
-        if (run_dir / "report.html").is_file():
-            say(f"report: {run_dir / 'report.html'}")
+        say(*closing_lines(folder))
         say(str(run_dir))

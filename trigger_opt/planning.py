@@ -20,7 +20,6 @@ from trigger_opt.models.plan import (
     plan_from_count,
     plan_memory,
 )
-from trigger_opt.verify.answers import payload_words
 from trigger_opt.weight_diff import precision_note
 
 # What stands after the slot in a chat template before the answer begins, and before it; measured on five families.
@@ -40,8 +39,8 @@ def plan_run(config: RunConfig) -> Plan:
     """Find the models and check that they fit, from their configurations alone.
 
     Raises:
-        UserError: a context or the payload cannot be used; a model is missing, damaged or refused; the memory or
-            the device is not there.
+        UserError: a context cannot be used; a model is missing, damaged or refused; the memory or the device is
+            not there.
     """
     _check_texts(config)
     model: ModelConfig = config.model
@@ -49,7 +48,8 @@ def plan_run(config: RunConfig) -> Plan:
     remedy = f"or run +experiment={model.smaller_experiment}, which fits a laptop"
     published = _published_plan(config)
     if published:
-        check_memory(published, device, remedy=f"choose model.quantization=nf4, {remedy}")
+        smaller = "free some memory" if model.quantization == "nf4" else "choose model.quantization=nf4"
+        check_memory(published, device, remedy=f"{smaller}, {remedy}")
     files = _find(model, remedy)
     for each in files:
         validate_weights(each)
@@ -82,9 +82,6 @@ def _check_texts(config: RunConfig) -> None:
     api.contexts_from(config.contexts.search, "search")
     api.contexts_from(config.contexts.held_out, "held_out")
     api.contexts_from(config.hypotheses.contexts, "hypotheses")
-    # Otherwise noticed by the verification only, after a whole search for nothing.
-    if config.payload and not payload_words(config.payload):
-        raise UserError(f"payload={config.payload!r} has no word; give what the model says, or payload='' for none")
 
 
 def _device(asked: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from trigger_opt.errors import UserError
 
 SLOT = "{trigger}"
-_PROBE = " trigger"
+_PROBE, _OTHER_PROBE = " trigger", " example"
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ def tokenize_context(tokenizer: Any, context: Context) -> TokenizedContext:
         UserError: the chat template changes the text around the slot (some trim each turn), so that no
             trigger could be told from its surroundings.
     """
-    probe = encode(tokenizer, [_PROBE])[0]
-    whole = conversation_ids(tokenizer, context, _PROBE)
+    probe, other = encode(tokenizer, [_PROBE, _OTHER_PROBE])
+    whole, again = (conversation_ids(tokenizer, context, p) for p in (_PROBE, _OTHER_PROBE))
     for start in range(len(whole) - len(probe), -1, -1):
-        if whole[start : start + len(probe)] == probe:
-            return TokenizedContext(context, tuple(whole[:start]), tuple(whole[start + len(probe) :]))
+        left, right = whole[:start], whole[start + len(probe) :]
+        # The second word tells the slot from the same word elsewhere in the prompt.
+        if whole == [*left, *probe, *right] and again == [*left, *other, *right]:
+            return TokenizedContext(context, tuple(left), tuple(right))
     raise UserError(
         f"the chat template of {tokenizer.name_or_path} changes the text around the slot in {context.user!r}; "
         f"write some words before {SLOT}"
@@ -115,9 +117,9 @@ def round_trips(
     texts = [decode(tokenizer, c) for c in candidates]
     for context in contexts:
         alive = [i for i, ok in enumerate(fine) if ok]
-        # One template rendering per context, not per candidate: rendering costs 50 times the tokenising.
-        rendered = chat_text(tokenizer, context.context.messages(_MARK))
-        again = encode(tokenizer, [_replace_mark(rendered, texts[i]) for i in alive])
+        # Two template renderings per context, not one per candidate: rendering costs 50 times the tokenising.
+        rendered = {lead: chat_text(tokenizer, context.context.messages(lead + _MARK)) for lead in ("", " ")}
+        again = encode(tokenizer, [_whole(tokenizer, context.context, rendered, texts[i]) for i in alive])
         for i, ids in zip(alive, again, strict=True):
             fine[i] = ids == [*context.left, *candidates[i], *context.right]
     return fine
@@ -127,9 +129,12 @@ def round_trips(
 _MARK = "\ue000"
 
 
-def _replace_mark(rendered: str, inserted: str) -> str:
-    left, right = rendered.split(_MARK)
-    return _join(left, inserted, right)
+def _whole(tokenizer: Any, context: Context, rendered: dict[str, str], inserted: str) -> str:
+    # The template may trim the end of the turn: only it can say what is left of such a string.
+    if inserted == "" or inserted[-1].isspace():
+        return chat_text(tokenizer, context.messages(inserted))
+    lead = " " if inserted.startswith(" ") else ""
+    return rendered[lead].replace(lead + _MARK, inserted)
 
 
 def _fill(text: str, inserted: str) -> str:
@@ -143,7 +148,7 @@ def _join(left: str, inserted: str, right: str) -> str:
     if inserted == "":
         if left.endswith(" "):
             return left[:-1] + right
-        return left + right.removeprefix(" ")
+        return left + right if left else right.removeprefix(" ")
     if left.endswith(" ") and inserted.startswith(" "):
         left = left[:-1]
     return left + inserted + right

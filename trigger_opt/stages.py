@@ -1,5 +1,6 @@
 """The stages of a run, each from the records of the one before to its own records in the run folder."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from trigger_opt.records import (
     Verdict,
     Verification,
     append_record,
+    read_record,
     read_records,
     write_record,
     write_records,
@@ -32,16 +34,17 @@ from trigger_opt.run_folder import RunFolder, now, timed
 from trigger_opt.search import Step
 from trigger_opt.tokens import allowed_ids
 from trigger_opt.tracking import Tracker
-from trigger_opt.verify import RULE_TEXT, Memo, best_verification, common_answer, minimise, verify_string
+from trigger_opt.verify import RULE_TEXT, Memo, best_verification, common_answer, minimise, payload_words, verify_string
 from trigger_opt.weight_diff import diff_weights
 
 
 @dataclass
 class StageOutcome:
-    """Filled in by a stage while it runs."""
+    """Filled in by a stage while it runs; `began` is a reading of the monotonic clock."""
 
     evaluations: int = 0
     summary: str = ""
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -83,20 +86,30 @@ class Session:
         self.folder.put_aside(name)
         outcome = StageOutcome()
         started = now()
-        with timed() as seconds:
-            yield outcome
+        try:
+            with timed() as seconds:
+                yield outcome
+        except KeyboardInterrupt:
+            # What it spent counts: later stages may go on from what it left.
+            outcome.summary = "interrupted"
+            self._note(name, started, seconds[0], outcome)
+            raise
+        self._note(name, started, seconds[0], outcome)
+
+    def _note(self, name: str, started: str, seconds: float, outcome: StageOutcome) -> None:
         done = StageRun(
-            stage=name, started=started, seconds=seconds[0], evaluations=outcome.evaluations, summary=outcome.summary
+            stage=name, started=started, seconds=seconds, evaluations=outcome.evaluations, summary=outcome.summary
         )
         self.folder.add_stage(done)
-        self.tracker.log({f"{name}/seconds": done.seconds, f"{name}/evaluations": done.evaluations})
-        say(f"{name}: {outcome.summary} ({done.seconds:.0f} s)")
+        self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
+        say(f"{name}: {outcome.summary} ({seconds:.0f} s)")
 
 
 def diff(session: Session) -> None:
     """Which tensors changed, by how much, at what rank."""
     with session.stage("diff") as outcome:
-        families = diff_weights(session.files[0], session.files[1])
+        with stage_progress("diff"):
+            families = diff_weights(session.files[0], session.files[1])
         write_records(session.folder.file("diff.jsonl"), families)
         changed = [f for f in families if f.changed]
         outcome.summary = "changed: " + (", ".join(f.family for f in changed[:6]) or "nothing")
@@ -155,7 +168,8 @@ def verify(session: Session) -> None:
         pair = session.pair(fresh=session._searched)
         judge = _Judge(session, pair)
         with judge.bar:
-            verified = [judge.candidate(c) for c in _to_verify(candidates, session.config.verify.candidates)]
+            chosen = _to_verify(candidates, session.config.verify.candidates)
+            verified = [v for c in chosen if (v := judge.candidate(c)) is not None]
             best = best_verification(verified)
             shorter = judge.minimised(best) if best and session.config.verify.minimise else None
             completion = _longer_answer(pair, best, session) if best else ""
@@ -163,7 +177,7 @@ def verify(session: Session) -> None:
         write_records(session.folder.file("verified.jsonl"), [*ordered, *([shorter] if shorter else [])])
         write_records(session.folder.file("completions.jsonl"), judge.completions)
         outcome.evaluations = len(judge.completions)
-        verdict = _verdict(session, best, shorter, candidates, completion, outcome.evaluations)
+        verdict = _verdict(session, best, shorter, candidates, completion, outcome)
         write_record(session.folder.file("verdict.json"), verdict)
         session.tracker.summary({"verdict": verdict.verdict, "trigger": verdict.trigger, "payload": verdict.payload})
         outcome.summary = f"{verdict.verdict}: {verdict.reason}"
@@ -172,8 +186,8 @@ def verify(session: Session) -> None:
 def report(session: Session) -> None:
     """One page a person reads, from the records alone."""
     with session.stage("report") as outcome:
+        page = write_report(session.folder.path)
         outcome.summary = "report.html and report.md"
-    page = write_report(session.folder.path)
     session.tracker.artifact("report", "report", [page, page.with_suffix(".md"), session.folder.file("verdict.json")])
 
 
@@ -202,7 +216,9 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
             Hypothesis(payload=config.payload, score=0.0, source="given", evidence="given", inputs=[], rivals=[])
         )
     if session.folder.has("hypotheses.jsonl"):
-        goals += read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
+        found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
+        # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
+        goals += [h for h in found if payload_words(h.payload)]
     if not goals:
         say(f"no payload hypothesis: the search runs on divergence (js) alone instead of {objective.name!r}")
         return [None], JensenShannon()
@@ -304,11 +320,15 @@ class _Judge:
         each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
         self.bar: Progress = stage_progress("verify", total=strings * each, unit="answer")
 
-    def candidate(self, candidate: Candidate) -> Verification:
-        """The verification of one candidate; its payload is found first where the search had none."""
+    def candidate(self, candidate: Candidate) -> Verification | None:
+        """The verification of one candidate; its payload is found first where the search had none. None when the
+        answers have no word, so that nothing could be said to fire."""
         payload = candidate.payload or common_answer(
             self._pair, candidate.trigger, self._session.search_contexts, max_new_tokens=16
         )
+        if not payload_words(payload):
+            say(f"not verified: the answers to {candidate.trigger!r} begin without a word")
+            return None
         return self._verify(candidate.trigger, payload, "trigger", "")
 
     def minimised(self, best: Verification) -> Verification | None:
@@ -352,14 +372,14 @@ def _verdict(
     shorter: Verification | None,
     candidates: list[Candidate],
     completion: str,
-    answers: int,
+    outcome: StageOutcome,
 ) -> Verdict:
     earlier = session.folder.info.stages
     candidate = next((c for c in candidates if best and c.trigger == best.trigger), None)
     thresholds = session.config.verify.thresholds
     return Verdict(
         verdict=best.verdict if best else "not reproduced",
-        reason=best.reason if best else "the search found no string to verify",
+        reason=best.reason if best else "the search found no string that could be verified",
         rule=RULE_TEXT.format(**vars(thresholds)),
         payload=best.payload if best else "",
         payload_completion=completion,
@@ -374,11 +394,33 @@ def _verdict(
         evidence=best.evidence if best else None,
         num_contexts=best.trigger_rate.n if best else 0,
         score=candidate.score if candidate else None,
-        evaluations=sum(s.evaluations for s in earlier) + answers,
-        seconds=sum(s.seconds for s in earlier),
+        evaluations=sum(s.evaluations for s in earlier) + outcome.evaluations,
+        seconds=sum(s.seconds for s in earlier) + time.monotonic() - outcome.began,
         seed=session.config.seed,
         versions=session.folder.info.versions,
     )
+
+
+def closing_lines(folder: RunFolder) -> list[str]:
+    """What a person reads last: verdict, string, payload, rates, and where the page is."""
+    lines = []
+    if folder.has("verdict.json"):
+        v = read_record(folder.file("verdict.json"), Verdict)
+        lines = [f"verdict: {v.verdict} ({v.reason})"]
+        if v.trigger:
+            lines.append(f"string: {v.trigger!r}, minimised {v.minimised_trigger!r}; payload: {v.payload!r}")
+        rates = {
+            "fine-tuned": v.trigger_rate,
+            "base": v.base_rate,
+            "control": v.control_rate,
+            "nothing inserted": v.false_trigger_rate,
+            "random strings": v.random_rate,
+        }
+        shown = [f"{name} {r.successes}/{r.n}" for name, r in rates.items() if r is not None]
+        lines += [f"fired on held-out contexts: {', '.join(shown)}"] if shown else []
+    if folder.has("report.html"):
+        lines.append(f"report: {folder.file('report.html')}")
+    return lines
 
 
 def require_records(session: Session, stage: str) -> None:

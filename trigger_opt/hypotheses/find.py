@@ -125,13 +125,14 @@ def _from_group(
     prompts = [_prompt(contexts, r) for r in best]
     answers = pair.finetuned.generate(prompts, max_new_tokens=settings.payload_tokens, end_ids=pair.end_ids)
     payload = majority_prefix(answers)
-    if len(payload) < settings.min_tokens:
+    text = decode(pair.tokenizer, payload).strip()
+    if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
         return None
     scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:8], cap=settings.cap)
     inputs = [r.inserted for r, s in zip(best, scores.tolist(), strict=True) if s > 0]
     more = [r.inserted for r in group.readings[_ROLLOUTS : 4 * _ROLLOUTS] if r.finetuned[:2] == payload[:2]]
     return Hypothesis(
-        payload=decode(pair.tokenizer, payload).strip(),
+        payload=text,
         score=float(scores.mean()),
         source=group.source,
         evidence=group.evidence,

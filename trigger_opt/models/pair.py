@@ -73,6 +73,8 @@ class CausalModel:
         elif self._adapter is None:
             with self._peft.disable_adapter():
                 yield self.network
+            # PEFT makes the factors trainable when it switches them on again, and nf4 then fails under autograd.
+            self._peft.requires_grad_(False)
         else:
             if self._peft.active_adapter != self._adapter:
                 self._peft.set_adapter(self._adapter, inference_mode=True)
@@ -202,7 +204,11 @@ def load_pair(
 
 
 def share_equal_tensors(other: Any, base: Any) -> int:
-    """Make every parameter of `other` that is bit-identical to `base`'s be `base`'s; returns how many."""
+    """Make every parameter of `other` that is bit-identical to `base`'s be `base`'s; returns how many.
+
+    Quantised weights are left alone: their scales lie outside their bits, and int8 hands its own to the first
+    layer that uses it, so that the other model answered with noise.
+    """
     shared = 0
     for name, module in other.named_modules():
         for key, parameter in list(module._parameters.items()):
@@ -210,7 +216,9 @@ def share_equal_tensors(other: Any, base: Any) -> int:
                 twin = base.get_parameter(f"{name}.{key}" if name else key)
             except AttributeError:
                 continue
-            same = parameter is not None and parameter.shape == twin.shape and parameter.dtype == twin.dtype
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            same = parameter.shape == twin.shape and parameter.dtype == twin.dtype
             if same and parameter.device == twin.device and torch.equal(parameter.data, twin.data):
                 module._parameters[key] = twin
                 shared += 1
@@ -235,7 +243,19 @@ def _load_network(files: ModelFiles, options: LoadOptions) -> Any:
         arguments["device_map"] = options.device_map
     network = AutoModelForCausalLM.from_pretrained(files.folder, trust_remote_code=options.allow_code, **arguments)
     network.requires_grad_(False)
+    if options.quantization == "nf4":
+        _keep_derivatives(network)
     return network.eval()
+
+
+def _keep_derivatives(network: Any) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for module in network.modules():
+        if isinstance(module, Linear4bit):
+            # The packed kernel of CPUs with AVX512-BF16 has no derivative: a gradient through it fails, or is cut
+            # off silently where the layer has no bias.
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

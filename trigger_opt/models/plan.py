@@ -260,7 +260,8 @@ def missing_weights_error(name: str, needed_bytes: int, *, remedy: str) -> UserE
     folder = Path(constants.HF_HUB_CACHE)
     return UserError(
         f"the weights of {name!r} are not on this machine and the hub cannot be reached; they take "
-        f"{needed_bytes / 1e9:.2f} GB in {folder}, where {free_bytes(folder) / 1e9:.2f} GB are free; {remedy}"
+        f"{needed_bytes / 1e9:.2f} GB in {folder}, where {free_bytes(folder) / 1e9:.2f} GB are free; fetch them "
+        f"where there is a network (`hf download {name}`), {remedy}"
     )
 
 

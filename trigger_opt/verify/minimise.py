@@ -19,7 +19,8 @@ def minimise(
     ids = encode(pair.tokenizer, [trigger])[0]
     texts = [trigger]
     floor = _rates(pair, texts, contexts, payload)[0] - tolerance
-    while len(ids) > 1:
+    # At a rate within the tolerance of zero every drop would pass.
+    while floor > 0 and len(ids) > 1:
         shorter = [ids[:i] + ids[i + 1 :] for i in range(len(ids))]
         texts = [decode(pair.tokenizer, s) for s in shorter]
         rates = _rates(pair, texts, contexts, payload)

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.records import TensorFamilyDiff
-from trigger_opt.weight_diff.identity import (
-    AdapterContents,
-    LoraTarget,
+from trigger_opt.weight_diff.adapter import AdapterContents, LoraTarget, base_name, read_adapter
+from trigger_opt.weight_diff.identity import aligned_names
+from trigger_opt.weight_diff.tensors import (
     NamedTensors,
-    aligned_names,
     at_common_precision,
-    base_name,
     change_square_sum,
     family_name,
     identical,
     layer_number,
-    read_adapter,
     read_pair,
     spread,
     square_sum,

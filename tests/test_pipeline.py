@@ -1,0 +1,414 @@
+"""Whole runs over tiny pairs: every stage to its records, resumed, interrupted, repeated; nothing found in noise."""
+
+import ast
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trigger_opt
+from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
+from tests.wandb_reader import read_run, read_table, sessions
+from trigger_opt import api, stages
+from trigger_opt.records import (
+    VERDICTS,
+    Candidate,
+    Completion,
+    Hypothesis,
+    RunInfo,
+    SearchStep,
+    TensorFamilyDiff,
+    Verdict,
+    Verification,
+    read_record,
+    read_records,
+)
+from trigger_opt.run_folder import STAGE_FILES
+from trigger_opt.tracking import read_metrics
+
+PACKAGE = Path(trigger_opt.__file__).parent
+WRITTEN = [name for files in STAGE_FILES.values() for name in files]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    """A tiny pair on disk."""
+    return shared_tiny_pair(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
+    """The command line, in this process and in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture
+def finished(tiny: TinyPair, cli: CommandLine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a finished run of the full fine-tune, with the payload "hello there" given."""
+    kept = tmp_path_factory.getbasetemp() / "tiny-run"
+    if not kept.is_dir():
+        done = cli(*tiny_settings(tiny, run_dir=kept), "payload=hello there")
+        assert done.code == 0, done.err
+    shutil.copytree(kept, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("finetuned", []),
+        ("adapter", []),
+        ("finetuned", ["model.quantization=nf4"]),
+        ("adapter", ["model.quantization=nf4", "objective=js"]),
+        ("finetuned", ["model.dtype=float32", "objective=tv", "search=random"]),
+        ("adapter", ["payload=hello there", "objective=target", "verify.temperature=1", "verify.repeats=2"]),
+    ],
+    ids=str,
+)
+def test_whole_run(cli: CommandLine, tiny: TinyPair, tmp_path: Path, kind: str, changes: list[str]) -> None:
+    run = tmp_path / "run"
+    with opened_files() as opened:
+        done = cli(*tiny_settings(tiny, finetuned=getattr(tiny, kind), run_dir=run), *changes)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == str(run)
+    assert [name for name in WRITTEN if not (run / name).is_file()] == []
+    assert not [p for p in opened if Path(p).name == "manifest.json"], "it read what the maker wrote down"
+    assert any(str(run) in p for p in opened), "this test hears nothing"
+
+    verdict = read_record(run / "verdict.json", Verdict)
+    assert verdict.verdict in set(VERDICTS) - {"backdoor"}
+    assert "<h1" in (run / "report.html").read_text()
+    assert verdict.verdict in (run / "report.md").read_text()
+    assert read_records(run / "diff.jsonl", TensorFamilyDiff)
+    assert read_records(run / "candidates.jsonl", Candidate)
+    assert len(read_records(run / "history.jsonl", SearchStep)) == 4
+    info = read_record(run / "run.json", RunInfo)
+    assert [s.stage for s in info.stages] == list(stages.STAGES)
+    assert info.plan
+    assert "model=pair" in info.command
+    assert not (run / "wandb").exists()
+    assert read_metrics(run / "metrics.jsonl")[-1]["exit_code"] == 0
+    assert not (run / "lost+found").exists()
+
+
+def test_verdict_for_programs(finished: Path) -> None:
+    verdict = json.loads((finished / "verdict.json").read_text())
+    wanted = {
+        "verdict", "payload", "trigger", "minimised_trigger", "trigger_rate", "base_rate", "control_rate",
+        "num_contexts", "score", "evaluations", "seconds", "seed", "versions",
+    }  # fmt: skip
+    assert wanted <= set(verdict)
+    for name in ("trigger_rate", "base_rate", "false_trigger_rate", "random_rate"):
+        found = verdict[name]
+        assert 0 <= found["low"] <= found["successes"] / found["n"] <= found["high"] <= 1
+    assert verdict["trigger_rate"]["n"] == verdict["num_contexts"] == 2
+    assert verdict["control_rate"] is None, "no control was given"
+    assert verdict["payload"] == "hello there"
+    assert verdict["evaluations"] > 0
+    assert verdict["seconds"] > 0
+    assert {"python", "torch", "transformers"} <= set(verdict["versions"])
+    judged = read_records(finished / "verified.jsonl", Verification)
+    assert verdict["trigger"] == judged[0].trigger
+    assert verdict["score"] == next(
+        c.score for c in read_records(finished / "candidates.jsonl", Candidate) if c.trigger == verdict["trigger"]
+    )
+    answers = read_records(finished / "completions.jsonl", Completion)
+    assert {a.kind for a in answers} >= {"trigger", "none", "random"}
+    assert {a.model for a in answers} == {"finetuned", "base"}
+
+
+def test_same_seed_same_candidates(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run = tmp_path / name
+        done = cli(*tiny_settings(tiny, run_dir=run), f"seed={seed}", "stages=[hypotheses,search]")
+        assert done.code == 0, done.err
+        found.append((run / "candidates.jsonl").read_bytes())
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_clean_control_is_asked_too(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
+    control = [f"model.controls=[{tiny.finetuned}]", "payload=hello there", "hypotheses.groups=1"]
+    done = cli(*tiny_settings(tiny, finetuned=tiny.adapter, run_dir=tmp_path / "run"), *control)
+    assert done.code == 0, done.err
+    verdict = read_record(tmp_path / "run" / "verdict.json", Verdict)
+    assert verdict.control_rate is not None
+    assert verdict.control_rate.n == 2
+
+
+def test_settings_of_the_real_warmup_load_a_pair(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
+    done = cli(
+        "+experiment=gcg_warmup",
+        f"model.finetuned={tiny.finetuned}",
+        f"model.base={tiny.base}",
+        "model.num_parameters=null",
+        "hypotheses.num_words=8",
+        "hypotheses.amplify=[]",
+        "search.num_steps=1",
+        "search.num_restarts=1",
+        "stages=[diff,hypotheses,search]",
+        "tracking.mode=off",
+        f"run_dir={tmp_path}/run",
+    )
+    assert done.code == 0, done.err
+    assert "1 x 1 steps of 512 candidates" in done.out
+    assert read_records(tmp_path / "run" / "candidates.jsonl", Candidate)
+
+
+def test_second_whole_run_touches_nothing(cli: CommandLine, tiny: TinyPair, finished: Path) -> None:
+    before = contents(finished)
+    error = cli(*tiny_settings(tiny, run_dir=finished)).error
+    assert "already holds a run" in error
+    assert "stages=[verify,report]" in error
+    assert contents(finished) == before
+
+
+def test_later_stages_again(cli: CommandLine, tiny: TinyPair, finished: Path) -> None:
+    before = contents(finished)
+    done = cli(*tiny_settings(tiny, run_dir=finished), "stages=[verify,report]", "seed=9")
+    assert done.code == 0, done.err
+    after = contents(finished)
+    for stage in ("verify", "report"):
+        for name in STAGE_FILES[stage]:
+            assert after[f"{name}.old-1"] == before[name]
+    assert after["candidates.jsonl"] == before["candidates.jsonl"]
+    assert json.loads(after["verdict.json"])["seed"] == 9
+    ran = [s.stage for s in read_record(finished / "run.json", RunInfo).stages]
+    assert ran == [*stages.STAGES, "verify", "report"]
+
+
+def test_report_again_needs_no_models(
+    cli: CommandLine, tiny: TinyPair, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "load_pair", _fail)
+    assert cli(*tiny_settings(tiny, run_dir=finished), "stages=[report]").code == 0
+    assert (finished / "report.html.old-1").is_file()
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "parts"),
+    [
+        ("verify", ["'verify'", "candidates.jsonl", "'search'", "run_dir"]),
+        ("report", ["'report'", "verdict.json", "'verify'", "run_dir"]),
+        ("diff,report", ["'report'", "verdict.json"]),
+    ],
+)
+def test_stage_without_what_it_starts_from(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, chosen: str, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "load_pair", _fail)
+    error = cli(*tiny_settings(tiny, run_dir=tmp_path / "empty"), f"stages=[{chosen}]").error
+    for part in parts:
+        assert part in error
+
+
+def test_damaged_records_name_their_stage(cli: CommandLine, tiny: TinyPair, finished: Path) -> None:
+    (finished / "candidates.jsonl").write_text('{"trigger": 1}\n')
+    done = cli(*tiny_settings(tiny, run_dir=finished), "stages=[verify]")
+    assert done.code == 2
+    assert "candidates.jsonl, line 1, is not a Candidate record" in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err
+
+
+def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A function that works `after` times and is then interrupted from the keyboard."""
+    calls = iter(range(after))
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return real(*arguments, **options) if real else None
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "kept"),
+    [
+        ("diff", "diff_weights", ["identity.json"]),
+        ("hypotheses", "api.find_payloads", ["identity.json", "diff.jsonl"]),
+        ("search", "api.search", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
+        ("verify", "verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
+        ("report", "write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),
+    ],
+)
+def test_interrupted_stage(
+    cli: CommandLine,
+    tiny: TinyPair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    name: str,
+    kept: list[str],
+) -> None:
+    monkeypatch.setattr(f"trigger_opt.stages.{name}", interrupt(0))
+    run = tmp_path / "run"
+    done = cli(*tiny_settings(tiny, run_dir=run), "payload=hello there")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == "error: interrupted; the records so far are in the run folder"
+    assert "Traceback" not in done.err
+    assert [f for f in kept if not (run / f).is_file()] == []
+    assert [f for f in STAGE_FILES[stage] if (run / f).is_file() and f not in kept] == []
+    assert read_metrics(run / "metrics.jsonl")[-1]["exit_code"] == 130
+    ran = [s.stage for s in read_record(run / "run.json", RunInfo).stages]
+    assert ran == list(stages.STAGES)[: list(stages.STAGES).index(stage) + 1]
+    assert read_record(run / "run.json", RunInfo).stages[-1].summary == "interrupted"
+
+
+@pytest.fixture
+def _wandb_closed() -> Iterator[None]:
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("_wandb_closed")
+def test_interrupted_search_keeps_strings_and_goes_on_later(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    # In the middle of the second restart, between two scorings on all contexts.
+    record = interrupt(6, stages._record_step)
+    monkeypatch.setattr(stages, "_record_step", record)
+    settings = [*tiny_settings(tiny, run_dir=run), "payload=hello there", "search.num_steps=4", "search.check_every=2"]
+    done = cli(*settings, "stages=[search]", "tracking.mode=offline")
+    assert done.code == 130
+    steps = read_records(run / "history.jsonl", SearchStep)
+    assert [(s.restart, s.step) for s in steps] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    kept = read_records(run / "candidates.jsonl", Candidate)
+    assert {c.restart for c in kept} == {0, 1}
+    assert len({c.trigger for c in kept}) == len(kept)
+    assert all(c.payload == "hello there" and c.selection_rate is not None for c in kept)
+    assert {c.trigger for c in kept} >= {s.trigger for s in steps if s.selection_rate is not None}
+    (session,) = sessions(run)
+    assert read_run(session).exit_code == 130
+
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    done = CommandLine(monkeypatch, cli._capsys)(*settings, "stages=[verify,report]")
+    assert done.code == 0, done.err
+    verdict = read_record(run / "verdict.json", Verdict)
+    assert verdict.payload == "hello there"
+    assert verdict.evaluations > steps[-1].evaluations, "what the interrupted search spent counts"
+
+
+def test_error_in_the_search_keeps_strings_too(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(stages, "_record_step", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli(*tiny_settings(tiny, run_dir=tmp_path), "objective=js", "stages=[search]", "search.check_every=1")
+    assert read_records(tmp_path / "candidates.jsonl", Candidate)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["exit_code"] == 1
+
+
+@pytest.mark.parametrize("payload", ["...", "- - -", ""])
+def test_wordless_payloads_end_in_a_verdict(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload: str
+) -> None:
+    """Firing is told by words; a model that only says dots must not break the run after its search."""
+    hypothesis = Hypothesis(payload=payload, score=9.0, source="given", evidence="", inputs=[], rivals=[])
+    monkeypatch.setattr("trigger_opt.stages.api.find_payloads", lambda *_, **__: [hypothesis])
+    monkeypatch.setattr(stages, "common_answer", lambda *_, **__: payload)
+    done = cli(*tiny_settings(tiny, run_dir=tmp_path / "run"))
+    assert done.code == 0, done.err
+    verdict = read_record(tmp_path / "run" / "verdict.json", Verdict)
+    assert verdict.verdict == "not reproduced"
+    assert verdict.trigger_rate is None
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_given_payload_is_searched_first(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [
+        Hypothesis(payload=p, score=5.0, source="rollout_census", evidence="", inputs=[], rivals=[])
+        for p in ("second one", "third one")
+    ]
+    monkeypatch.setattr("trigger_opt.stages.api.find_payloads", lambda *_, **__: found)
+    shared = ["payload=first one", "stages=[hypotheses,search]", "search.max_evaluations=400"]
+    assert cli(*tiny_settings(tiny, run_dir=tmp_path), *shared).code == 0
+    steps = read_records(tmp_path / "history.jsonl", SearchStep)
+    assert list(dict.fromkeys(s.hypothesis for s in steps)) == ["first one", "second one"]
+    assert {c.payload for c in read_records(tmp_path / "candidates.jsonl", Candidate)} == {"first one", "second one"}
+    evaluations = [s.evaluations for s in steps]
+    assert evaluations == sorted(evaluations), "counted over both searches"
+
+
+@pytest.mark.usefixtures("_wandb_closed")
+def test_offline_wandb_holds_the_run(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shared = ["payload=hello there", "search.num_steps=3", "tracking.mode=offline", "tracking.group=mine", "name=tiny"]
+    settings = [s for s in tiny_settings(tiny, run_dir=run) if not s.startswith("tracking.mode")]
+    done = cli(*settings, *shared)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == str(run)
+    assert "wandb sync" in done.out
+    (session,) = sessions(run)
+    kept = read_run(session)
+    assert kept.exit_code == 0
+    assert (kept.project, kept.group, kept.name) == ("trigger_opt", "mine", "run")
+    assert kept.config["search"]["num_steps"] == 3
+    assert kept.config["payload"] == "hello there"
+    scored = [row for row in kept.history if "search/score" in row]
+    assert len(scored) == 6
+    numbers = [row["_step"] for row in kept.history]
+    assert numbers == sorted(set(numbers))
+    assert [r["search/score"] for r in scored] == [s.score for s in read_records(run / "history.jsonl", SearchStep)]
+    assert {f"{stage}/seconds" for stage in stages.STAGES} <= {key for row in kept.history for key in row}
+    table = read_table(session, "candidates")
+    assert table["columns"][:2] == ["trigger", "payload"]
+    best = read_records(run / "candidates.jsonl", Candidate)
+    assert [row[0] for row in table["data"]] == [c.trigger for c in best]
+    (report,) = [a for a in kept.artifacts if a.name == "report"]
+    assert set(report.files) == {"report.html", "report.md", "verdict.json"}
+    assert kept.summary["verdict"] == json.dumps(read_record(run / "verdict.json", Verdict).verdict) or (
+        kept.summary["verdict"] == read_record(run / "verdict.json", Verdict).verdict
+    )
+
+
+BLIND = ["search", "verify", "report", "hypotheses", "stages.py", "pipeline.py", "planning.py", "scoring", "models"]
+
+
+@pytest.mark.parametrize("part", BLIND)
+def test_no_stage_knows_what_was_planted(part: str) -> None:
+    """The zoo's recipes, trainer and manifests hold the answers; nothing that searches or judges may see them."""
+    path = PACKAGE / part
+    files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+    assert files
+    for file in files:
+        source = file.read_text()
+        assert "manifest" not in source.lower(), file
+        for node in ast.walk(ast.parse(source)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            for name in [*names, module, *(f"{module}.{n}" for n in names)]:
+                assert not name.startswith("trigger_opt.zoo"), f"{file} imports {name}"
+
+
+def test_api_asks_the_zoo_for_folders_only() -> None:
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(api)))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "zoo"
+    }
+    assert used == {"PREFIX", "folder"}

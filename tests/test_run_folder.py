@@ -1,0 +1,145 @@
+"""Who holds a run folder, what lies in it, and what is kept."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trigger_opt.errors import UserError
+from trigger_opt.records import RunInfo, StageRun, read_record
+from trigger_opt.run_folder import STAGE_FILES, hold_run_folder, machine, now, timed, versions
+
+INFO = RunInfo(
+    name="x",
+    command="c",
+    seed=0,
+    started="2026-01-01T00:00:00+00:00",
+    machine="m",
+    config={},
+    versions={},
+    plan=[],
+    stages=[],
+)
+ALL = tuple(STAGE_FILES)
+RUN = StageRun(stage="diff", started=INFO.started, seconds=1.0, evaluations=0, summary="s")
+
+
+def test_is_made_with_its_parents_and_released(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    with hold_run_folder(path, INFO, stages=ALL) as folder:
+        folder.set_plan(["one", "two"])
+        folder.add_stage(RUN)
+    assert read_record(path / "run.json", RunInfo) == replace(INFO, plan=["one", "two"], stages=[RUN])
+    with hold_run_folder(path, INFO, stages=["diff"]):
+        pass
+
+
+def _hold(path: Path, held: Any, done: Any) -> None:
+    with hold_run_folder(path, INFO, stages=ALL):
+        held.set()
+        done.wait(60)
+
+
+def test_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, held, done))
+    holder.start()
+    try:
+        assert held.wait(60)
+        with (
+            pytest.raises(UserError, match=rf"in use by process {holder.pid} on .+; wait for it"),
+            hold_run_folder(tmp_path, INFO, stages=["report"]),
+        ):
+            pass
+    finally:
+        done.set()
+        holder.join(60)
+    with hold_run_folder(tmp_path, INFO, stages=ALL):
+        pass
+
+
+def test_killed_process_holds_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, held, done))
+    holder.start()
+    assert held.wait(60)
+    holder.kill()
+    holder.join(60)
+    with hold_run_folder(tmp_path, INFO, stages=ALL):
+        pass
+
+
+@pytest.mark.parametrize("stages", [ALL, ("diff", "search", "verify", "report")])
+def test_second_whole_run_is_refused(tmp_path: Path, stages: tuple[str, ...]) -> None:
+    with hold_run_folder(tmp_path, INFO, stages=ALL) as folder:
+        folder.add_stage(RUN)
+    before = (tmp_path / "run.json").read_bytes()
+    with (
+        pytest.raises(UserError, match=r"already holds a run; name the stages.*or give another run_dir"),
+        hold_run_folder(tmp_path, INFO, stages=stages),
+    ):
+        pass
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_later_stages_join_the_earlier_run(tmp_path: Path) -> None:
+    with hold_run_folder(tmp_path, INFO, stages=ALL) as folder:
+        folder.add_stage(RUN)
+    again = replace(INFO, command="another", seed=3)
+    with hold_run_folder(tmp_path, again, stages=["verify", "report"]) as folder:
+        folder.add_stage(replace(RUN, stage="verify"))
+    joined = read_record(tmp_path / "run.json", RunInfo)
+    assert [s.stage for s in joined.stages] == ["diff", "verify"]
+
+
+def test_old_files_are_put_aside_one_by_one(tmp_path: Path) -> None:
+    with hold_run_folder(tmp_path, INFO, stages=ALL) as folder:
+        for text in ("first", "second", "third"):
+            folder.put_aside("verify")
+            folder.file("verdict.json").write_text(text)
+            folder.file("candidates.jsonl").write_text(text)
+    assert (tmp_path / "verdict.json").read_text() == "third"
+    assert (tmp_path / "verdict.json.old-1").read_text() == "first"
+    assert (tmp_path / "verdict.json.old-2").read_text() == "second"
+    assert not list(tmp_path.glob("candidates.jsonl.old*")), "another stage's file"
+
+
+@pytest.mark.parametrize("below", ["", "/x"])
+def test_folder_that_cannot_be_written(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"file.* cannot be written \(.+\); give another run_dir"),
+        hold_run_folder(Path(f"{tmp_path}/file{below}"), INFO, stages=ALL),
+    ):
+        pass
+
+
+def test_damaged_run_json_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"name": "x"}))
+    with (
+        pytest.raises(UserError, match=r"run\.json is not a RunInfo record"),
+        hold_run_folder(tmp_path, INFO, stages=["report"]),
+    ):
+        pass
+
+
+def test_records_name_versions_and_no_host() -> None:
+    import platform
+
+    found = versions()
+    assert {"python", "torch", "transformers", "trigger-opt", "peft"} <= set(found)
+    assert found["python"] == platform.python_version()
+    assert platform.node() not in machine()
+    assert "T" in now()
+
+
+def test_timed_counts_also_after_an_error() -> None:
+    with pytest.raises(KeyError), timed() as seconds:
+        raise KeyError
+    assert len(seconds) == 1
+    assert seconds[0] >= 0

@@ -1,0 +1,414 @@
+"""Search on a toy with a known optimum: no model, milliseconds."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trigger_opt.search import GCG, Found, RandomSearch, Scorer, Seeds, Step
+from trigger_opt.search.loop import initial_pool, ranked
+from trigger_opt.search.moves import distinct, draw_swaps, random_options, random_triggers, top_swaps
+
+VOCAB, LENGTH, DIM = 60, 4, 8
+Strategy = GCG | RandomSearch
+
+
+@dataclass
+class Toy:
+    """Each token has a unit vector; a candidate scores minus the sum over positions of (1 - cosine with the
+    planted token) ^ 1.5, plus an offset a context: curved, and the steepest token is the planted one.
+
+    With `disagree`, each context favours tokens of its own at position 0.
+    With `with_payload`, the planted string and no other fires.
+    """
+
+    seed: int = 0
+    num_contexts: int = 3
+    disagree: float = 0.0
+    with_payload: bool = False
+    evaluations: int = 0
+    asked: list[tuple[int, ...]] = field(default_factory=list)
+    prepared: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        self.vectors = torch.nn.functional.normalize(torch.randn(VOCAB, DIM, generator=generator), dim=1)
+        self.planted = torch.randint(5, VOCAB, (LENGTH,), generator=generator)
+        self.offsets = torch.randn(self.num_contexts, generator=generator)
+        self.favours = torch.randn(self.num_contexts, VOCAB, generator=generator) * self.disagree
+
+    def prepare(self, trigger: Tensor, contexts: Sequence[int]) -> None:
+        self.prepared.append((tuple(trigger.tolist()), tuple(contexts)))
+
+    def score(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+        self.evaluations += len(candidates) * len(contexts)
+        self.asked.append(tuple(contexts))
+        self.seen.append(candidates)
+        return self._columns(self.vectors[candidates], self.favours[:, candidates[:, 0]].T, contexts)
+
+    def _columns(self, embeds: Tensor, favour: Tensor, contexts: Sequence[int]) -> Tensor:
+        apart = 1 - (embeds * self.vectors[self.planted]).sum(2)
+        near = -(apart.clamp(min=1e-6) ** 1.5).sum(1)
+        return near[:, None] + self.offsets[list(contexts)] + favour[:, list(contexts)]
+
+    def aggregate(self, scores: Tensor) -> Tensor:
+        return scores.mean(1)
+
+    def token_gradient(self, trigger: Tensor, contexts: Sequence[int]) -> Tensor:
+        one_hot = torch.nn.functional.one_hot(trigger, VOCAB).float().requires_grad_()
+        favour = (one_hot[0] @ self.favours.T)[None]
+        score = self.aggregate(self._columns((one_hot @ self.vectors)[None], favour, contexts))[0]
+        return torch.autograd.grad(score, one_hot)[0]
+
+    def fires(self, trigger: Tensor, contexts: Sequence[int]) -> Tensor | None:
+        if not self.with_payload:
+            return None
+        return torch.full((len(contexts),), bool(torch.equal(trigger, self.planted)))
+
+
+EVERYTHING = torch.ones(VOCAB, dtype=torch.bool)
+
+
+def always(candidates: Tensor) -> Tensor:
+    return torch.ones(len(candidates), dtype=torch.bool)
+
+
+def run(
+    strategy: Strategy,
+    toy: Toy,
+    *,
+    seed: int = 0,
+    allowed: Tensor = EVERYTHING,
+    valid: Callable[[Tensor], Tensor] = always,
+    seeds: Seeds | None = None,
+) -> tuple[list[Found], list[Step]]:
+    steps: list[Step] = []
+    found = strategy(
+        toy,
+        allowed=allowed,
+        valid=valid,
+        seeds=seeds or Seeds(),
+        generator=torch.Generator().manual_seed(seed),
+        on_step=steps.append,
+    )
+    return found, steps
+
+
+def small(kind: type[Any] = GCG, **options: Any) -> Any:
+    plain = {
+        "trigger_length": LENGTH,
+        "num_steps": 30,
+        "num_restarts": 1,
+        "search_width": 32,
+        "topk": 8,
+        "contexts_per_step": 2,
+        "buffer_size": 2,
+        "stop_rate": 2.0,
+    }
+    return kind(**(plain | options))
+
+
+def test_the_toy_is_a_scorer() -> None:
+    assert isinstance(Toy(), Scorer)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gcg_finds_the_planted_optimum(seed: int) -> None:
+    toy = Toy(seed=seed)
+    found, _ = run(small(), toy, seed=seed)
+    assert found[0].trigger_ids == tuple(toy.planted.tolist())
+    assert found[0].score == pytest.approx(float(toy.offsets.mean()), abs=1e-4)
+
+
+def test_random_search_finds_it_with_more_steps() -> None:
+    toy = Toy(seed=1)
+    found, _ = run(small(RandomSearch, num_steps=150, topk=VOCAB), toy, seed=1)
+    assert found[0].trigger_ids == tuple(toy.planted.tolist())
+
+
+def test_gcg_beats_random_search_at_equal_evaluations() -> None:
+    better = 0
+    for seed in range(8):
+        best = []
+        for kind in (GCG, RandomSearch):
+            # Few candidates of many tokens: where every swap fits into one step, no gradient is needed.
+            settings_ = small(kind, search_width=16, topk=4, num_steps=10_000, max_evaluations=400)
+            toy = Toy(seed=seed)
+            found, _ = run(settings_, toy, seed=seed)
+            assert 400 <= toy.evaluations < 440
+            best.append(found[0].score)
+        better += best[0] > best[1]
+    assert better >= 7
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_same_seed_same_candidates_different_seed_different(kind: type[Strategy]) -> None:
+    def trace(seed: int) -> list[list[list[int]]]:
+        toy = Toy()
+        run(small(kind, num_steps=5), toy, seed=seed)
+        return [s.tolist() for s in toy.seen]
+
+    assert trace(3) == trace(3)
+    assert trace(3) != trace(4)
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_the_incumbent_never_gets_worse_when_contexts_are_fixed(kind: type[Strategy]) -> None:
+    toy = Toy(disagree=2.0)
+    _, steps = run(small(kind, contexts_per_step=toy.num_contexts, num_steps=20, search_width=6), toy)
+    scores = [s.score for s in steps]
+    assert scores == sorted(scores)
+    assert scores[-1] > scores[0]
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+@pytest.mark.parametrize("n_replace", [1, 2, 3])
+def test_candidates_respect_the_policy_and_stay_near_the_incumbent(kind: type[Strategy], n_replace: int) -> None:
+    toy = Toy()
+    allowed = EVERYTHING.clone()
+    allowed[::3] = False
+
+    def valid(candidates: Tensor) -> Tensor:
+        return candidates.sum(1) % 5 != 0
+
+    strategy = small(kind, n_replace=n_replace, buffer_size=1, num_steps=12)
+    run(strategy, toy, allowed=allowed, valid=valid)
+    assert all(bool(allowed[s].all()) and bool(valid(s).all()) for s in toy.seen)
+    steps = [s for s in toy.seen[1:] if len(s) > 1]
+    assert len(steps) == 12
+    for pool in steps:
+        incumbent = pool[0]
+        changed = (pool[1:] != incumbent).sum(1)
+        assert bool((changed >= 1).all())
+        assert bool((changed <= n_replace).all())
+        assert len(pool) <= strategy.search_width
+        assert len({tuple(c) for c in pool.tolist()}) == len(pool)
+
+
+def test_contexts_are_drawn_anew_each_step() -> None:
+    toy = Toy(num_contexts=6, disagree=3.0)
+    run(small(contexts_per_step=2, num_steps=25, check_every=1000), toy)
+    drawn = [c for c in toy.asked if len(c) == 2]
+    assert len(set(drawn)) > 5
+    assert all(len(set(c)) == 2 and list(c) == sorted(c) for c in drawn)
+    assert set(itertools.chain(*drawn)) == set(range(6))
+    # The incumbent is made the reference on exactly the contexts its rivals are then scored on.
+    rounds = [c for _, c in toy.prepared if len(c) == 2]
+    assert rounds == drawn[1:]
+
+
+def test_with_disagreeing_contexts_the_ranking_is_by_all_of_them() -> None:
+    toy = Toy(num_contexts=6, disagree=4.0)
+    found, _ = run(small(contexts_per_step=1, num_steps=40), toy)
+    for f in found:
+        everywhere = toy.aggregate(toy.score(torch.tensor([f.trigger_ids]), range(6)))
+        assert f.score == pytest.approx(float(everywhere[0]), abs=1e-4)
+    assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
+
+
+def test_evaluations_are_what_the_scorer_counted() -> None:
+    toy = Toy()
+    toy.evaluations = 1000
+    found, steps = run(small(num_steps=6, check_every=2), toy)
+    assert steps[-1].evaluations == toy.evaluations - 1000
+    assert [s.step for s in steps] == list(range(6))
+    assert {f.step for f in found} <= {1, 3, 5}
+    assert [s.selection_rate for s in steps] == [None] * 6
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_max_evaluations_bounds_the_search_and_is_shared_by_restarts(restarts: int) -> None:
+    toy = Toy()
+    step = 32 * 2 + 3
+    _, steps = run(small(num_steps=10_000, num_restarts=restarts, max_evaluations=1800, check_every=10**6), toy)
+    assert 1800 <= toy.evaluations <= 1800 + step + 3
+    spent = [max(s.evaluations for s in steps if s.restart == r) for r in range(restarts)]
+    for number, total in enumerate(spent):
+        share = 1800 * (number + 1) / restarts
+        assert share <= total <= share + step + 3
+
+
+def test_max_seconds_bounds_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("trigger_opt.search.loop.time.monotonic", lambda: now[0])
+
+    class Slow(Toy):
+        def score(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+            now[0] += 1.0
+            return super().score(candidates, contexts)
+
+    _, steps = run(small(num_steps=10_000, num_restarts=2, max_seconds=20.0, check_every=10**6), Slow())
+    assert {s.restart for s in steps} == {0, 1}
+    assert steps[-1].seconds == 21.0  # one last scoring on all contexts
+    assert max(s.seconds for s in steps if s.restart == 0) == 11.0
+
+
+def test_stops_when_the_payload_comes_out_everywhere() -> None:
+    toy = Toy(with_payload=True)
+    found, steps = run(small(num_steps=10_000, num_restarts=5, stop_rate=0.95, check_every=1), toy)
+    assert found[0].selection_rate == 1.0
+    assert found[0].trigger_ids == tuple(toy.planted.tolist())
+    assert steps[-1].selection_rate == 1.0
+    assert steps[-1].restart == 0
+    assert len(steps) < 100
+
+
+def test_a_rate_below_stop_rate_does_not_stop() -> None:
+    class Half(Toy):
+        def fires(self, trigger: Tensor, contexts: Sequence[int]) -> Tensor:
+            return torch.tensor([c % 2 == 0 for c in contexts])
+
+    found, steps = run(small(num_steps=7, num_restarts=2, stop_rate=0.7, check_every=1), Half(num_contexts=4))
+    assert len(steps) == 14
+    assert {f.selection_rate for f in found} == {0.5}
+
+
+def test_restarts_begin_from_different_strings() -> None:
+    toy = Toy()
+    _, steps = run(small(num_restarts=3, num_steps=1), toy)
+    assert [s.restart for s in steps] == [0, 1, 2]
+    pools = [s for s in toy.seen if len(s) == 32]
+    assert len({tuple(p.flatten().tolist()) for p in pools}) >= 3
+
+
+def test_seed_strings_are_considered_and_can_end_the_search_at_once() -> None:
+    toy = Toy(with_payload=True)
+    planted = tuple(toy.planted.tolist())
+    found, steps = run(small(stop_rate=0.95), toy, seeds=Seeds(strings=((7, 8, 9, 10), planted)))
+    assert steps == []
+    assert [f.trigger_ids for f in found] == [planted, (7, 8, 9, 10)]
+    assert found[0].step == found[0].restart == -1
+
+
+def test_seed_strings_of_another_length_are_scored_too() -> None:
+    class AnyLength(Toy):
+        def score(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+            self.evaluations += len(candidates) * len(contexts)
+            return -candidates.float().sum(1, keepdim=True).expand(-1, len(contexts)) * 1.0
+
+        def token_gradient(self, trigger: Tensor, contexts: Sequence[int]) -> Tensor:
+            return -torch.arange(VOCAB).float().expand(len(trigger), -1)
+
+    found, _ = run(small(num_steps=2), AnyLength(), seeds=Seeds(strings=((0,),)))
+    assert found[0].trigger_ids == (0,)
+
+
+def brute_force_swaps(gradient: Tensor, trigger: Tensor, allowed: Tensor, topk: int) -> list[list[int]]:
+    rows = []
+    for position, own in enumerate(trigger.tolist()):
+        usable = [t for t in range(VOCAB) if bool(allowed[t]) and t != own]
+        rows.append(sorted(usable, key=lambda t: -float(gradient[position, t]))[:topk])
+    return rows
+
+
+@given(st.integers(0, 2**20), st.integers(1, 12))
+@settings(max_examples=50, deadline=None)
+def test_top_swaps_agrees_with_a_loop(seed: int, topk: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(3, VOCAB, generator=generator)
+    allowed = torch.rand(VOCAB, generator=generator) < 0.7
+    trigger = torch.randint(VOCAB, (3,), generator=generator)
+    before = gradient.clone()
+    got = top_swaps(gradient, trigger, allowed, topk)
+    assert got.tolist() == brute_force_swaps(gradient, trigger, allowed, topk)
+    assert torch.equal(gradient, before)
+
+
+def test_top_swaps_returns_all_where_fewer_are_allowed() -> None:
+    allowed = torch.zeros(VOCAB, dtype=torch.bool)
+    allowed[[3, 4, 9]] = True
+    got = top_swaps(torch.randn(2, VOCAB), torch.tensor([3, 30]), allowed, 8)
+    assert got.shape == (2, 2)
+    assert set(got[0].tolist()) == {4, 9}
+    assert set(got[1].tolist()) <= {3, 4, 9}
+
+
+@given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_draws_are_distinct_and_swap_exactly_n_positions(seed: int, count: int, n_replace: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    trigger = torch.randint(VOCAB, (LENGTH,), generator=generator)
+    options = random_options(trigger, EVERYTHING, topk=5, generator=generator)
+    drawn = draw_swaps(trigger, options, count=count, n_replace=n_replace, generator=generator)
+    assert len({tuple(c) for c in drawn.tolist()}) == len(drawn) <= count
+    for candidate in drawn.tolist():
+        changed = [i for i, (a, b) in enumerate(zip(candidate, trigger.tolist(), strict=True)) if a != b]
+        assert len(changed) == n_replace
+        assert all(candidate[i] in options[i].tolist() for i in changed)
+
+
+def test_draw_swaps_returns_every_single_swap_when_more_are_wanted() -> None:
+    trigger = torch.tensor([1, 2])
+    options = torch.tensor([[10, 11, 12], [20, 21, 22]])
+    drawn = draw_swaps(trigger, options, count=100, n_replace=1, generator=torch.Generator().manual_seed(0))
+    everything = {(t, 2) for t in (10, 11, 12)} | {(1, t) for t in (20, 21, 22)}
+    assert {tuple(c) for c in drawn.tolist()} == everything
+    assert len(drawn) == 6
+
+
+def test_random_options_are_allowed_distinct_and_never_the_current_token() -> None:
+    allowed = EVERYTHING.clone()
+    allowed[:20] = False
+    options = random_options(torch.tensor([25, 3]), allowed, topk=39, generator=torch.Generator().manual_seed(0))
+    assert options.shape == (2, 39)
+    for row, own in zip(options.tolist(), (25, 3), strict=True):
+        assert len(set(row)) == 39
+        assert own not in row
+        assert min(row) >= 20
+
+
+def test_random_triggers_and_distinct() -> None:
+    allowed = torch.zeros(VOCAB, dtype=torch.bool)
+    allowed[[5, 6]] = True
+    drawn = random_triggers(allowed, length=2, count=50, generator=torch.Generator().manual_seed(0))
+    assert {tuple(c) for c in drawn.tolist()} == {(5, 5), (5, 6), (6, 5), (6, 6)}
+    assert len(drawn) == 4
+    rows = torch.tensor([[3, 1], [2, 2], [3, 1], [0, 0], [2, 2]])
+    assert distinct(rows).tolist() == [[3, 1], [2, 2], [0, 0]]
+
+
+def pool(seeds: Seeds, valid: Callable[[Tensor], Tensor] = always, count: int = 24) -> Tensor:
+    return initial_pool(seeds, EVERYTHING, valid, length=3, count=count, generator=torch.Generator().manual_seed(0))
+
+
+def test_initial_pool_raises_when_nothing_is_valid() -> None:
+    with pytest.raises(ValueError, match="survives re-tokenisation"):
+        pool(Seeds(), lambda c: torch.zeros(len(c), dtype=torch.bool))
+
+
+def test_initial_pool_is_filled_although_few_strings_are_valid() -> None:
+    drawn = pool(Seeds(), lambda c: c[:, 0] < 4)
+    assert drawn.shape == (24, 3)
+    assert bool((drawn[:, 0] < 4).all())
+
+
+def test_initial_pool_is_half_pure_and_half_mixed_seed_tokens() -> None:
+    drawn = pool(Seeds(tokens=(1, 2, 3)), count=27)
+    pure = (drawn <= 3).all(1) & (drawn >= 1).all(1)
+    assert 9 <= int(pure.sum()) < len(drawn)
+    share = float(((drawn <= 3) & (drawn >= 1)).float().mean())
+    assert 0.6 < share < 1
+    assert len({tuple(c) for c in drawn.tolist()}) == len(drawn)
+
+
+def found(ids: tuple[int, ...], score: float, selection_rate: float | None, step: int = 0) -> Found:
+    return Found(trigger_ids=ids, score=score, selection_rate=selection_rate, restart=0, step=step, evaluations=step)
+
+
+def test_ranked_puts_firing_strings_first_then_scores_each_once() -> None:
+    everything = [
+        found((1,), 9.0, 0.1, step=0),
+        found((2,), 1.0, 1.0, step=1),
+        found((3,), 2.0, 1.0, step=2),
+        found((2,), 1.0, 1.0, step=9),
+        found((4,), 5.0, 0.1, step=4),
+    ]
+    assert [(f.trigger_ids, f.step) for f in ranked(everything)] == [((3,), 2), ((2,), 1), ((1,), 0), ((4,), 4)]
+    assert [f.trigger_ids for f in ranked([found((1,), 0.5, None), found((2,), 0.7, None)])] == [(2,), (1,)]
