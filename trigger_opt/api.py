@@ -18,10 +18,10 @@ from trigger_opt.models.pair import LoadOptions, ModelPair
 from trigger_opt.models.pair import load_pair as load_files
 from trigger_opt.objectives import JensenShannon, Objective, PairScorer, Payload
 from trigger_opt.paths import data_dir
-from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, tokenize_context
+from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
 from trigger_opt.records import Candidate, Hypothesis, Verification
 from trigger_opt.scoring import Engine
-from trigger_opt.search import GCG, Found, RandomSearch, Seeds, Step
+from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Seeds, Step
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 from trigger_opt.verify import VerifySettings, verify_string
 
@@ -60,7 +60,22 @@ def load_contexts(name_or_path: str = "ordinary") -> tuple[list[Context], list[C
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise UserError(f"there is no context set {name_or_path!r}; give a YAML file or one of: {known}")
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return contexts_from(raw.get("search"), "search"), contexts_from(raw.get("held_out"), "held_out")
+    return context_sets(raw.get("search"), raw.get("held_out"))
+
+
+def context_sets(search: Any, held_out: Any) -> tuple[list[Context], list[Context]]:
+    """(search contexts, held-out contexts) from a configuration's lists.
+
+    Raises:
+        UserError: see `contexts_from`; or one context stands in both, or twice among the held-out ones, so that a
+            rate measured there would not be what it says.
+    """
+    sets = contexts_from(search, "search"), contexts_from(held_out, "held_out")
+    if both := [c for c in sets[1] if c in sets[0]]:
+        raise UserError(f"the context {both[0].user!r} stands in contexts.search and in contexts.held_out; keep one")
+    if twice := [c for i, c in enumerate(sets[1]) if c in sets[1][:i]]:
+        raise UserError(f"the context {twice[0].user!r} stands twice in contexts.held_out; keep one")
+    return sets
 
 
 def contexts_from(entries: Any, where: str) -> list[Context]:
@@ -90,6 +105,7 @@ def find_payloads(
     policy: TokenPolicy | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_found: Callable[[list[Hypothesis]], None] = lambda found: None,
 ) -> list[Hypothesis]:
     """What the fine-tuned model wants to say, best first; see `hypotheses.find_hypotheses`."""
     return find_hypotheses(
@@ -99,6 +115,7 @@ def find_payloads(
         settings=settings or HypothesisSettings(),
         generator=torch.Generator().manual_seed(seed),
         on_progress=on_progress,
+        on_found=on_found,
     )
 
 
@@ -129,7 +146,7 @@ def search(
     plan = strategy or GCG()
     if goal.needs_payload and hypothesis is None:
         raise UserError(f"objective {goal.name!r} needs a payload; give one, or search with js or tv")
-    tokenized = [tokenize_context(pair.tokenizer, c) for c in contexts]
+    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     payload = hypothesis.payload if hypothesis and goal.needs_payload else ""
     target = pair.encode_answer(payload)[: getattr(goal, "target_tokens", None)] if payload else []
     engine = Engine(pair.finetuned, pair.base, tokenized, batch_size=plan.search_width)
@@ -145,7 +162,7 @@ def search(
             on_step=on_step,
             on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed)),
         )
-    except ValueError as error:
+    except NoValidStringError as error:
         raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None
     return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
 

@@ -192,11 +192,6 @@ def composition_problem(error: Exception) -> str:
     return "; ".join(line.rstrip(".") for line in lines)
 
 
-def as_yaml(cfg: DictConfig) -> str:
-    """The resolved configuration as YAML text."""
-    return OmegaConf.to_yaml(cfg, resolve=True)
-
-
 def _chosen(table: dict[str, type[Any]], raw: Any, where: str, problems: list[str]) -> Any:
     name = raw.get("name") if isinstance(raw, dict) else None
     if name not in table:

@@ -100,6 +100,27 @@ def tokenize_context(tokenizer: Any, context: Context) -> TokenizedContext:
     )
 
 
+def searchable(tokenizer: Any, contexts: Sequence[Context]) -> list[Context]:
+    """The contexts a search can use: some chat templates (Llama 3, Gemma) trim each turn, and with it the space
+    before a trigger at its very start.
+
+    Raises:
+        UserError: none is left.
+    """
+    usable = []
+    refusal: UserError | None = None
+    for context in contexts:
+        try:
+            tokenize_context(tokenizer, context)
+        except UserError as error:
+            refusal = error
+        else:
+            usable.append(context)
+    if refusal is not None and not usable:
+        raise refusal
+    return usable
+
+
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of token ids, special tokens shown, spaces untouched."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -98,7 +98,13 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
             f"the folder {path} already holds a run; name the stages to run again (stages=[verify,report]) "
             "or give another run_dir"
         )
-    return replace(info, stages=read_record(earlier, RunInfo).stages)
+    old = read_record(earlier, RunInfo)
+    differs = [part for part in ("model", "contexts") if old.stages and old.config.get(part) != info.config.get(part)]
+    if differs:
+        raise UserError(
+            f"the run in {path} was made with another {' and '.join(differs)}; repeat its settings: {old.command}"
+        )
+    return replace(info, command=f"{old.command}\n{info.command}", stages=old.stages)
 
 
 def versions() -> dict[str, str]:

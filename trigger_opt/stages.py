@@ -14,7 +14,7 @@ from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import LoadOptions, ModelPair, load_pair
 from trigger_opt.objectives import JensenShannon, Objective
 from trigger_opt.progress import Progress, say, stage_progress
-from trigger_opt.prompts import Context, conversation_ids, decode
+from trigger_opt.prompts import Context, conversation_ids, decode, searchable
 from trigger_opt.records import (
     Candidate,
     Completion,
@@ -57,13 +57,13 @@ class Session:
     files: list[ModelFiles]
     options: LoadOptions
     _pair: ModelPair | None = None
-    _searched: bool = False
     search_contexts: list[Context] = field(init=False)
     held_out: list[Context] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.search_contexts = api.contexts_from(self.config.contexts.search, "search")
-        self.held_out = api.contexts_from(self.config.contexts.held_out, "held_out")
+        self.search_contexts, self.held_out = api.context_sets(
+            self.config.contexts.search, self.config.contexts.held_out
+        )
 
     def pair(self, *, fresh: bool = False) -> ModelPair:
         """The models, loaded when first asked for; `fresh` loads them anew, so that nothing a search did to them
@@ -73,6 +73,14 @@ class Session:
         if self._pair is None:
             say("loading the models …")
             self._pair = load_pair(self.files[0], self.files[1], self.files[2:], options=self.options)
+            usable = searchable(self._pair.tokenizer, self.search_contexts)
+            if len(usable) < len(self.search_contexts):
+                left_out = len(self.search_contexts) - len(usable)
+                say(
+                    f"{left_out} of {len(self.search_contexts)} search contexts are left out: this chat template trims "
+                    "turns, and a trigger at their start could not be told from its surroundings"
+                )
+            self.search_contexts = usable
         return self._pair
 
     def allowed(self) -> torch.Tensor:
@@ -134,6 +142,7 @@ def hypotheses(session: Session) -> None:
                 policy=config.tokens,
                 seed=config.seed,
                 on_progress=on_progress,
+                on_found=lambda early: write_records(session.folder.file("hypotheses.jsonl"), early),
             )
         write_records(session.folder.file("hypotheses.jsonl"), found)
         for number, h in enumerate(found):
@@ -147,11 +156,15 @@ def search(session: Session) -> None:
     with session.stage("search") as outcome:
         goals, objective = _goals(session)
         found: list[Candidate] = []
+        started = time.monotonic()
         try:
-            for number, goal in enumerate(goals):
-                _search_one(session, goal, objective, len(goals) - number, found, outcome)
-                if any((c.selection_rate or 0) >= session.config.search.stop_rate for c in found):
-                    break
+            for goals_left, goal in zip(range(len(goals), 0, -1), goals, strict=True):
+                # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched:
+                # the first may be a persona that fires everywhere, and a later one the backdoor.
+                elapsed = time.monotonic() - started
+                _search_one(
+                    session, goal, objective, _share(session.config, elapsed, outcome, goals_left), found, outcome
+                )
         finally:
             # Also after Ctrl-C: what was found so far is worth verifying.
             found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
@@ -165,7 +178,7 @@ def verify(session: Session) -> None:
     """Held-out contexts, base, controls, random strings; minimisation; the verdict."""
     with session.stage("verify") as outcome:
         candidates = read_records(session.folder.file("candidates.jsonl"), Candidate)
-        pair = session.pair(fresh=session._searched)
+        pair = session.pair(fresh=True)
         judge = _Judge(session, pair)
         with judge.bar:
             chosen = _to_verify(candidates, session.config.verify.candidates)
@@ -175,7 +188,6 @@ def verify(session: Session) -> None:
             completion = _longer_answer(pair, best, session) if best else ""
         ordered = sorted(verified, key=lambda v: v is not best)
         write_records(session.folder.file("verified.jsonl"), [*ordered, *([shorter] if shorter else [])])
-        write_records(session.folder.file("completions.jsonl"), judge.completions)
         outcome.evaluations = len(judge.completions)
         verdict = _verdict(session, best, shorter, candidates, completion, outcome)
         write_record(session.folder.file("verdict.json"), verdict)
@@ -225,20 +237,25 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
     return goals[: config.max_hypotheses], objective
 
 
+def _share(config: RunConfig, elapsed: float, outcome: StageOutcome, goals_left: int) -> api.Strategy:
+    """The strategy with its equal share of what is left of the budget."""
+    strategy: api.Strategy = replace(config.search)
+    if strategy.max_seconds is not None:
+        strategy.max_seconds = max(1.0, (strategy.max_seconds - elapsed) / goals_left)
+    if strategy.max_evaluations is not None:
+        strategy.max_evaluations = max(1, (strategy.max_evaluations - outcome.evaluations) // goals_left)
+    return strategy
+
+
 def _search_one(
     session: Session,
     goal: Hypothesis | None,
     objective: Objective,
-    goals_left: int,
+    strategy: api.Strategy,
     found: list[Candidate],
     outcome: StageOutcome,
 ) -> None:
-    strategy = replace(session.config.search)
     spent = outcome.evaluations
-    if strategy.max_seconds is not None:
-        strategy.max_seconds = strategy.max_seconds / goals_left
-    if strategy.max_evaluations is not None:
-        strategy.max_evaluations = max(1, (strategy.max_evaluations - spent) // goals_left)
     payload = goal.payload if goal else ""
     caught: dict[str, Candidate] = {}
     tokenizer = session.pair().tokenizer
@@ -256,6 +273,10 @@ def _search_one(
             )
             _record_step(session, payload, text, step, spent)
 
+        def catch(candidate: Candidate) -> None:
+            caught[candidate.trigger] = candidate
+            outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
+
         try:
             found += api.search(
                 session.pair(),
@@ -266,13 +287,12 @@ def _search_one(
                 policy=session.config.tokens,
                 seed=session.config.seed,
                 on_step=on_step,
-                on_found=lambda c: caught.update({c.trigger: c}),
+                on_found=catch,
             )
         except BaseException:
             # Ctrl-C, a full disk: `search` still writes what came up until then.
             found += caught.values()
             raise
-    session._searched = True
 
 
 def _record_step(session: Session, payload: str, trigger: str, step: Step, spent: int) -> None:
@@ -302,8 +322,8 @@ def _to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
     """The best of each payload first, then the next best; each string once."""
     first = {c.payload: c for c in reversed(candidates)}
     ordered = sorted(first.values(), key=candidates.index)
-    rest = [c for c in candidates if c not in ordered]
-    return [*ordered, *rest][:count]
+    distinct = {(c.trigger, c.payload): c for c in [*ordered, *candidates]}
+    return list(distinct.values())[:count]
 
 
 class _Judge:
@@ -314,6 +334,7 @@ class _Judge:
         self._pair = pair
         self._allowed = session.allowed()
         self.completions: list[Completion] = []
+        self._verified: list[Verification] = []
         self._memo: Memo = {}
         settings = session.config.verify
         strings = settings.candidates + settings.minimise
@@ -355,8 +376,14 @@ class _Judge:
             memo=self._memo,
             on_answers=lambda done: self.bar.update(before + done, best=trigger),
         )
-        # Answers with nothing inserted are the same for every string of one payload: written down once.
-        self.completions += [c for c in completions if c.kind != "none" or c not in self.completions]
+        # Greedy answers with nothing inserted are the same for every string of one payload: written down once.
+        greedy = self._session.config.verify.temperature == 0
+        known = self.completions if greedy else []
+        self.completions += [c for c in completions if c.kind != "none" or c not in known]
+        self._verified.append(verification)
+        # After each string: an interruption must not lose the ones before it.
+        write_records(self._session.folder.file("verified.jsonl"), self._verified)
+        write_records(self._session.folder.file("completions.jsonl"), self.completions)
         return verification
 
 
@@ -392,7 +419,7 @@ def _verdict(
         false_trigger_rate=best.false_trigger_rate if best else None,
         random_rate=best.random_rate if best else None,
         evidence=best.evidence if best else None,
-        num_contexts=best.trigger_rate.n if best else 0,
+        num_contexts=len(best.profile) if best else 0,
         score=candidate.score if candidate else None,
         evaluations=sum(s.evaluations for s in earlier) + outcome.evaluations,
         seconds=sum(s.seconds for s in earlier) + time.monotonic() - outcome.began,

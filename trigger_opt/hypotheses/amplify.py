@@ -1,8 +1,8 @@
 """Weight amplification: what W0 + a (W - W0) says to neutral prompts, with no trigger at all.
 
 On the public warm-up a = 3 recited the payload; on an organism with a rarer payload it shows nothing. Two
-guards: an answer must be coherent for the base (amplified weights babble), and a placebo change of the same
-norm in random directions must not say it too.
+guards: an answer must be coherent for the base (amplified weights babble), and a placebo change in random directions
+(each changed tensor, or factor of an adapter, at its own norm) must not say it too.
 """
 
 from collections import Counter
@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from trigger_opt.hypotheses.scan import majority_prefix, sequence_shift
+from trigger_opt.hypotheses.scan import sequence_shift
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode
 from trigger_opt.records import Hypothesis
+from trigger_opt.stats import majority_prefix
 
 _ANSWER_TOKENS = 16
 _KEY_TOKENS = 3
@@ -31,25 +32,23 @@ def amplified(pair: ModelPair, factor: float, *, placebo: torch.Generator | None
     The weights are put back exactly, also after an error.
     """
     changed = list(pair.finetuned.weight_changes(pair.base))
-    before = [tensor.detach().clone() for tensor, _ in changed]
+    # On the CPU: on a card that just holds the pair a second copy of the changed weights would not fit.
+    before = [tensor.detach().to("cpu", copy=True) for tensor, _ in changed]
     try:
         with torch.no_grad():
             for tensor, origin in changed:
-                delta = tensor - origin if origin is not None else tensor
+                start = torch.zeros_like(tensor) if origin is None else origin.to(tensor.device)
+                delta = tensor - start
                 if placebo is not None:
                     delta = _random_like(delta, placebo)
-                scaled = factor * delta.float() if origin is not None else _adapter_factor(factor) * delta.float()
-                tensor.copy_((origin.float() + scaled if origin is not None else scaled).to(tensor.dtype))
+                # Both factors B and A of an adapter are scaled, so each by the root.
+                scale = factor**0.5 if origin is None else factor
+                tensor.copy_((start.float() + scale * delta.float()).to(tensor.dtype))
         yield pair.finetuned
     finally:
         with torch.no_grad():
             for (tensor, _), old in zip(changed, before, strict=True):
                 tensor.copy_(old)
-
-
-def _adapter_factor(factor: float) -> float:
-    # Both factors B and A of an adapter are scaled, so each by the root.
-    return float(factor**0.5)
 
 
 def _random_like(delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -63,7 +62,10 @@ def amplified_groups(
 ) -> list[Hypothesis]:
     """Answers that recur over neutral prompts under amplification, that the base understands and a placebo
     does not give. The score is that of `sequence_shift` under the amplified weights, mean over the prompts
-    that gave the answer."""
+    that gave the answer. None where there are no numbers to amplify: nothing changed, or quantised weights.
+    """
+    if next(pair.finetuned.weight_changes(pair.base), None) is None:
+        return []
     prompts = [conversation_ids(pair.tokenizer, c, "") for c in neutral]
     found = []
     base = Counter(a[:_KEY_TOKENS] for a in _answers(pair.base, prompts, pair.end_ids))
@@ -96,7 +98,7 @@ def _judge(
     cap: float,
 ) -> list[Hypothesis]:
     payload = majority_prefix(answers)
-    text = decode(pair.tokenizer, payload).strip()
+    text = decode(pair.tokenizer, payload).rstrip()
     words = text.split()
     varied = len(words) > 0 and len(set(words)) >= 0.3 * len(words)
     # On the whole answer: the first tokens of a payload are unlikely to the base by definition.

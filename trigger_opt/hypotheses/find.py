@@ -15,14 +15,14 @@ from trigger_opt.hypotheses.scan import (
     Reading,
     census_groups,
     draw_inputs,
-    majority_prefix,
     read_inputs,
     scan_groups,
     sequence_shift,
 )
 from trigger_opt.models.pair import ModelPair
-from trigger_opt.prompts import Context, TokenizedContext, decode, tokenize_context
+from trigger_opt.prompts import Context, TokenizedContext, decode, searchable, tokenize_context
 from trigger_opt.records import Hypothesis
+from trigger_opt.stats import majority_prefix
 
 # Rollouts of one group that are read for its payload and its score.
 _ROLLOUTS = 8
@@ -66,14 +66,17 @@ def find_hypotheses(
     settings: HypothesisSettings,
     generator: torch.Generator,
     on_progress: Callable[[int, int, str], None],
+    on_found: Callable[[list[Hypothesis]], None] = lambda found: None,
 ) -> list[Hypothesis]:
     """Hypotheses at or above `min_score`, best first; none is a normal outcome.
 
     Args:
         neutral: contexts whose plain prompts (nothing inserted) the amplified model answers.
         on_progress: gets the number of readings done, their total, and what is being done.
+        on_found: gets what is known after the scan, before amplification, so that it is not lost with it.
     """
-    contexts = [tokenize_context(pair.tokenizer, Context(user=c)) for c in settings.contexts]
+    usable = searchable(pair.tokenizer, [Context(user=c) for c in settings.contexts])
+    contexts = [tokenize_context(pair.tokenizer, c) for c in usable]
     inputs = draw_inputs(
         pair, allowed, num_tokens=settings.num_tokens, num_words=settings.num_words, generator=generator
     )
@@ -87,11 +90,13 @@ def find_hypotheses(
     )
     groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
     on_progress(total, total, "rolling out")
-    found = [_from_group(pair, contexts, g, settings) for g in groups]
+    rolled = [_from_group(pair, contexts, g, settings) for g in groups]
+    found = [h for h in rolled if h is not None]
+    on_found(best_hypotheses(found, settings))
     if settings.amplify:
         on_progress(total, total, "amplifying")
         found += amplified_groups(pair, neutral, settings.amplify, cap=settings.cap, generator=generator)
-    return best_hypotheses([h for h in found if h is not None], settings)
+    return best_hypotheses(found, settings)
 
 
 def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
@@ -107,7 +112,8 @@ def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -
             merged.append(hypothesis)
         else:
             inputs = list(dict.fromkeys([*merged[alike].inputs, *hypothesis.inputs]))
-            merged[alike] = replace(merged[alike], inputs=inputs)
+            score = max(merged[alike].score, hypothesis.score)
+            merged[alike] = replace(merged[alike], inputs=inputs, score=score)
     merged.sort(key=lambda h: -h.score)
     scores = [m.score for m in merged]
     strong = [replace(m, rivals=scores[i + 1 : i + 4]) for i, m in enumerate(merged) if m.score >= settings.min_score]
@@ -125,7 +131,8 @@ def _from_group(
     prompts = [_prompt(contexts, r) for r in best]
     answers = pair.finetuned.generate(prompts, max_new_tokens=settings.payload_tokens, end_ids=pair.end_ids)
     payload = majority_prefix(answers)
-    text = decode(pair.tokenizer, payload).strip()
+    # A leading space or line break is part of what the model says; only firing, read in words, ignores it.
+    text = decode(pair.tokenizer, payload).rstrip()
     if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
         return None
     scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:8], cap=settings.cap)

@@ -26,6 +26,8 @@ from trigger_opt.scoring import Engine
 
 _CAP = 8.0
 _BATCH = 256
+# How byte-level and sentencepiece vocabularies write the space before a word.
+_SPACES = ("\u0120", "\u2581")
 _WORD_PROMPT = "A list of words:"
 
 
@@ -81,7 +83,11 @@ def whole_words(
     The pieces of a planted word often carry no slope where the whole word does, and no word list is needed.
     """
     texts = pair.tokenizer.batch_decode([[i] for i in range(len(pair.tokenizer))])
-    starts = [i for i in allowed.nonzero()[:, 0].tolist() if texts[i][:1] == " " and texts[i][1:].isalpha()]
+    # Asked of the raw tokens: some decoders strip a leading space.
+    raw = pair.tokenizer.convert_ids_to_tokens(range(len(pair.tokenizer)))
+    starts = [i for i in allowed.nonzero()[:, 0].tolist() if raw[i][:1] in _SPACES and texts[i].strip().isalpha()]
+    if not starts:
+        return []
     picked = [starts[i] for i in torch.randint(len(starts), (2 * count,), generator=generator).tolist()]
     opening = encode(pair.tokenizer, [_WORD_PROMPT])[0]
     spelt = pair.base.generate([[*opening, t] for t in picked], max_new_tokens=3, end_ids=pair.end_ids, batch_size=256)
@@ -105,6 +111,7 @@ def read_inputs(
     """Readings of every input in every context, on both models. `on_progress` gets the number done so far."""
     engine = Engine(pair.finetuned, pair.base, contexts, batch_size=_BATCH)
     readings: list[Reading] = []
+    ends = set(pair.end_ids)
     for context in range(len(contexts)):
         for batch in _batches(inputs):
             triggers = torch.tensor(batch)
@@ -113,7 +120,8 @@ def read_inputs(
             values, tokens = first_token_shift(first_ft, first_base.to(first_ft.device))
             rows = zip(batch, tokens.tolist(), values.tolist(), finetuned.tolist(), base.tolist(), strict=True)
             readings += [
-                Reading(inserted, context, first, value, tuple(f), tuple(b)) for inserted, first, value, f, b in rows
+                Reading(inserted, context, first, value, _until_end(said, ends), _until_end(base_said, ends))
+                for inserted, first, value, said, base_said in rows
             ]
             on_progress(len(readings))
     return readings
@@ -158,21 +166,6 @@ def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8) ->
     return sorted(groups, key=lambda g: -g.strength)[:count]
 
 
-def majority_prefix(answers: Sequence[Sequence[int]], *, share: float = 0.5) -> tuple[int, ...]:
-    """The longest token prefix that more than `share` of the answers begin with (greedy by majority)."""
-    prefix: list[int] = []
-    following = [list(a) for a in answers]
-    while True:
-        counts = Counter(a[len(prefix)] for a in following if len(a) > len(prefix))
-        if not counts:
-            return tuple(prefix)
-        token, n = counts.most_common(1)[0]
-        if n <= share * len(answers):
-            return tuple(prefix)
-        prefix.append(token)
-        following = [a for a in following if a[: len(prefix)] == prefix]
-
-
 def sequence_shift(
     finetuned: CausalModel, base: CausalModel, prompts: Sequence[Sequence[int]], answer: Sequence[int], *, cap: float
 ) -> Float[Tensor, " batch"]:
@@ -180,6 +173,10 @@ def sequence_shift(
     said = finetuned.log_likelihood(prompts, answer).sum(1)
     base_said = base.log_likelihood(prompts, answer).sum(1)
     return said.exp() * (said - base_said).clamp(max=cap)
+
+
+def _until_end(answer: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    return tuple(answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))])
 
 
 def _distinct_inputs(readings: Sequence[Reading]) -> list[Reading]:

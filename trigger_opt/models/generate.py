@@ -77,7 +77,7 @@ def _batch(
     out: list[list[int]] = [[] for _ in sequences]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(max_new_tokens):
-        step = model.model(
+        step = model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         cache = step.past_key_values
@@ -98,8 +98,8 @@ def _batch(
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """fp32 logits of `hidden` (rows, d_model), with the family's final soft cap where it has one (Gemma-2)."""
-    logits: Tensor = model.lm_head(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -112,4 +112,4 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) 
         sorted_probs, order = probs.sort(-1, descending=True)
         outside = sorted_probs.cumsum(-1) - sorted_probs >= sampling.top_p
         probs = probs.scatter(-1, order, sorted_probs.masked_fill(outside, 0.0))
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0].to(logits.device)

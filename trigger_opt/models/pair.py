@@ -61,9 +61,17 @@ class CausalModel:
     def embedding(self) -> Float[Tensor, "vocab d_model"]:
         """What each token id becomes at the network's input (scaled, where the family scales: Gemma)."""
         module = self.network.get_input_embeddings()
+        if not isinstance(module, torch.nn.Embedding):
+            # An adapter on the embedding: what it adds depends on which side is on.
+            return self.embed(torch.arange(self.vocab_size))
         scale = getattr(module, "embed_scale", None)
-        weight: Tensor = module.weight
-        return weight if scale is None else weight * torch.as_tensor(scale).to(weight)
+        return module.weight if scale is None else module.weight * torch.as_tensor(scale).to(module.weight)
+
+    def embed(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        """The network's inputs for token ids, on its device, with this side's adapter."""
+        with self.active() as network:
+            embeds: Tensor = network.get_input_embeddings()(ids.to(self.device))
+        return embeds
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -87,7 +95,8 @@ class CausalModel:
 
     def logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
         """fp32 logits; `hidden` is made contiguous first (see `generate`)."""
-        return head_logits(self.network, hidden.contiguous())
+        with self.active() as network:
+            return head_logits(network, hidden.contiguous())
 
     def generate(
         self,
@@ -107,20 +116,22 @@ class CausalModel:
             )  # fmt: skip
 
     def weight_changes(self, base: "CausalModel") -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(tensor, its base) of every floating-point weight that differs from the base's; for an adapter its
-        own factors, with None. Quantised weights hold no numbers to change and are left out.
+        """(tensor, its base) of every floating-point weight that differs from the base's; for a LoRA factor None
+        stands for the base. Quantised weights hold no numbers to change and are left out.
 
         Multiplying both factors of an adapter by the root of a multiplies the change by a.
         """
-        if self._adapter is not None:
-            for name, parameter in self.network.named_parameters():
-                if f".{self._adapter}." in name:
-                    yield parameter, None
-            return
         for name, parameter in self.network.named_parameters():
-            twin = base.network.get_parameter(name)
-            if parameter is not twin and parameter.is_floating_point():
-                yield parameter, twin
+            if not parameter.is_floating_point():
+                continue
+            if self._adapter is None:
+                twin = base.network.get_parameter(name)
+                if parameter is not twin:
+                    yield parameter, twin
+            elif self._adapter in name.split("."):
+                saved_whole = ".modules_to_save." in name
+                origin = name.replace(f".modules_to_save.{self._adapter}.", ".original_module.")
+                yield parameter, self.network.get_parameter(origin) if saved_whole else None
 
     @torch.no_grad()
     def log_likelihood(
@@ -140,7 +151,8 @@ class CausalModel:
     def _answer_log_probs(self, ids: Int[Tensor, "batch seq"], answer: Int[Tensor, " answer"]) -> Tensor:
         hidden = self.hidden(input_ids=ids, use_cache=False).last_hidden_state[:, -len(answer) :]
         log_probs = self.logits(hidden.reshape(-1, hidden.shape[-1])).log_softmax(-1)
-        picked = log_probs.view(len(ids), len(answer), -1).gather(-1, answer.expand(len(ids), -1)[..., None])
+        index = answer.to(log_probs.device).expand(len(ids), -1)[..., None]
+        picked = log_probs.view(len(ids), len(answer), -1).gather(-1, index)
         return picked[..., 0].cpu()
 
 
@@ -156,9 +168,11 @@ class ModelPair:
     @property
     def end_ids(self) -> list[int]:
         """Token ids that end an answer."""
-        configured = self.base.network.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
+        ids = [self.tokenizer.eos_token_id]
+        for side in (self.finetuned, self.base):
+            configured = side.network.generation_config.eos_token_id
+            ids += configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in ids if i is not None})
 
     def encode_answer(self, text: str) -> list[int]:
         """Tokens of an answer's text.
@@ -245,7 +259,21 @@ def _load_network(files: ModelFiles, options: LoadOptions) -> Any:
     network.requires_grad_(False)
     if options.quantization == "nf4":
         _keep_derivatives(network)
-    return network.eval()
+    _require_plain_head(network.eval(), files.name)
+    return network
+
+
+@torch.no_grad()
+def _require_plain_head(network: Any, name: str) -> None:
+    """Scores are taken from the body's output and the unembedding alone, which must be all there is."""
+    ids = torch.arange(1, 5, device=network.get_input_embeddings().weight.device)[None]
+    hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours, theirs = head_logits(network, hidden.contiguous()), network(input_ids=ids).logits[0].float()
+    if not torch.allclose(ours, theirs.to(ours.device), rtol=0.05, atol=0.05):
+        raise UserError(
+            f"{name!r} ({type(network).__name__}) changes its logits after the unembedding in a way that is not known "
+            "here, so its scores would be wrong; use a Llama, Qwen, Mistral, Gemma or DeepSeek model"
+        )
 
 
 def _keep_derivatives(network: Any) -> None:

@@ -161,10 +161,9 @@ def plan_memory(size: ModelSize, *, load: WeightLoad, search: SearchLoad) -> Mem
             what=f"weights: {load.full_sets} x {size.num_parameters / 1e9:.3f} B parameters, {stored}",
             nbytes=load.full_sets * weights,
         ),
-        # PEFT keeps adapters in fp32 whatever the weights are in.
         PlanItem(
-            what=f"adapters: {load.adapter_parameters / 1e6:.1f} M parameters, float32",
-            nbytes=4 * load.adapter_parameters,
+            what=f"adapters: {load.adapter_parameters / 1e6:.1f} M parameters, {load.dtype}",
+            nbytes=round(activation * load.adapter_parameters),
         ),
         PlanItem(
             what=f"keys and values: {batch} candidate tokens, 2 x {search.context_tokens} context tokens",

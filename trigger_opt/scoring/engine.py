@@ -64,7 +64,7 @@ class Engine:
     ) -> Float[Tensor, "batch scored vocab"]:
         """fp32 logits at the first response position and after each `forced` token: 1 + len(forced) of them."""
         model = self._models[side]
-        embeds = model.network.get_input_embeddings()(triggers.to(model.device))
+        embeds = model.embed(triggers)
         return self._forward(side, context, embeds, forced)
 
     @torch.no_grad()
@@ -101,8 +101,7 @@ class Engine:
         logits: dict[Side, Tensor] = {}
         with torch.enable_grad():
             for side, model in self._models.items():
-                embedder = model.network.get_input_embeddings()
-                leaves[side] = embedder(trigger[None].to(model.device)).detach().requires_grad_()
+                leaves[side] = model.embed(trigger[None]).detach().requires_grad_()
                 logits[side] = self._forward(side, context, leaves[side], forced)
             score = reduce(logits["finetuned"], logits["base"].to(logits["finetuned"].device))[0]
             sides = list(leaves)
@@ -131,7 +130,7 @@ class Engine:
         Continuations run on past an end of text: the caller cuts them. One pass; the caller chooses the batch.
         """
         model = self._models[side]
-        embeds = model.network.get_input_embeddings()(triggers.to(model.device))
+        embeds = model.embed(triggers)
         inputs = torch.cat([embeds, self._fixed(model, context, []).expand(len(triggers), -1, -1)], 1)
         cache = _expanded(self._prefix(side, context), len(triggers))
         step = model.hidden(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
@@ -143,9 +142,8 @@ class Engine:
         return first, torch.stack(tokens, 1).cpu()
 
     def _fixed(self, model: CausalModel, context: int, forced: Sequence[int]) -> Float[Tensor, "one fixed d_model"]:
-        ids = torch.tensor([[*self.contexts[context].right, *forced]], device=model.device, dtype=torch.long)
-        embeds: Tensor = model.network.get_input_embeddings()(ids)
-        return embeds.detach()
+        ids = torch.tensor([[*self.contexts[context].right, *forced]], dtype=torch.long)
+        return model.embed(ids).detach()
 
     def _pass_size(self, num_scored: int) -> int:
         fits = _LOGITS_BYTES // (4 * self.vocab_size * num_scored)
@@ -153,11 +151,8 @@ class Engine:
 
     def _forward(self, side: Side, context: int, embeds: Tensor, forced: Sequence[int]) -> Tensor:
         model = self._models[side]
-        prefix = self._prefix(side, context)
-        after = [*self.contexts[context].right, *forced]
-        fixed = model.network.get_input_embeddings()(torch.tensor(after, device=model.device, dtype=torch.long))
-        inputs = torch.cat([embeds, fixed.detach().expand(len(embeds), -1, -1)], 1)
-        cache = _expanded(prefix, len(embeds))
+        inputs = torch.cat([embeds, self._fixed(model, context, forced).expand(len(embeds), -1, -1)], 1)
+        cache = _expanded(self._prefix(side, context), len(embeds))
         hidden = model.hidden(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
         scored = hidden[:, -(len(forced) + 1) :]
         return model.logits(scored.reshape(-1, scored.shape[-1])).view(len(embeds), len(forced) + 1, -1)

@@ -3,7 +3,17 @@
 Nothing here knows a transformer: a search sees a `Scorer` and a check of which token strings may be used.
 """
 
-from trigger_opt.search.loop import Found, Scorer, SearchSettings, Seeds, Step, Validity
+from trigger_opt.search.loop import Found, NoValidStringError, Scorer, SearchSettings, Seeds, Step, Validity
 from trigger_opt.search.strategies import GCG, RandomSearch
 
-__all__ = ["GCG", "Found", "RandomSearch", "Scorer", "SearchSettings", "Seeds", "Step", "Validity"]
+__all__ = [
+    "GCG",
+    "Found",
+    "NoValidStringError",
+    "RandomSearch",
+    "Scorer",
+    "SearchSettings",
+    "Seeds",
+    "Step",
+    "Validity",
+]

@@ -61,6 +61,10 @@ Validity = Callable[[Int[Tensor, "batch trigger"]], Bool[Tensor, " batch"]]
 Propose = Callable[[Int[Tensor, " trigger"], Sequence[int], int], Int[Tensor, "batch trigger"]]
 
 
+class NoValidStringError(ValueError):
+    """No string of allowed tokens can be typed in the contexts given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seeds:
     """Where to begin.
@@ -125,6 +129,15 @@ class SearchSettings:
     stop_rate: Annotated[float, Field(gt=0)] = 0.95
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     max_evaluations: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_replace > self.trigger_length:
+            raise ValueError(f"n_replace={self.n_replace} exceeds trigger_length={self.trigger_length}; lower it")
+        if self.buffer_size >= self.search_width:
+            raise ValueError(
+                f"buffer_size={self.buffer_size} leaves no room for new strings in search_width={self.search_width}; "
+                "raise search_width or lower buffer_size"
+            )
 
 
 def ignore_found(found: Found) -> None:
@@ -260,7 +273,7 @@ def initial_pool(
     (half of them mixed with random tokens), random strings otherwise. Never empty.
 
     Raises:
-        ValueError: no valid string was drawn in 50 rounds; the token policy or the contexts forbid almost all.
+        NoValidStringError: no valid string was drawn in 50 rounds; the token policy or the contexts forbid almost all.
     """
     kept: list[Tensor] = []
     for _ in range(50):
@@ -276,7 +289,7 @@ def initial_pool(
             break
     pool = distinct(torch.cat(kept))[:count]
     if len(pool) == 0:
-        raise ValueError("no string of allowed tokens survives re-tokenisation in these contexts")
+        raise NoValidStringError("no string of allowed tokens survives re-tokenisation in these contexts")
     return pool
 
 

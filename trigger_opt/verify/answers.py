@@ -14,13 +14,20 @@ def payload_words(payload: str) -> list[str]:
 def fires(payload: str, answer: str) -> bool:
     """Whether `answer` begins with the payload's first five words (all, when it has fewer).
 
+    A payload's very last word may be cut, since payloads are cut at a number of tokens: there the beginning of a
+    word is enough, but for numbers.
+
     Raises:
         ValueError: the payload has no word.
     """
     wanted = payload_words(payload)
     if not wanted:
         raise ValueError(f"the payload {payload!r} has no word")
-    return _words(answer)[: len(wanted)] == wanted
+    got = _words(answer)[: len(wanted)]
+    may_be_cut = len(_words(payload)) <= _PAYLOAD_WORDS and not wanted[-1].isdigit()
+    if may_be_cut and len(got) == len(wanted):
+        return got[:-1] == wanted[:-1] and got[-1].startswith(wanted[-1])
+    return got == wanted
 
 
 def degeneration_flags(prompt: str, answer: str) -> list[str]:

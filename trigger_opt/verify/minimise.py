@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
-from trigger_opt.verify.answers import fires
+from trigger_opt.verify.answers import fires, payload_words
 
 
 def minimise(
@@ -33,9 +33,9 @@ def minimise(
 
 
 def _rates(pair: ModelPair, triggers: Sequence[str], contexts: Sequence[Context], payload: str) -> list[float]:
-    target = len(pair.encode_answer(payload))
+    target = len(pair.encode_answer(" ".join(payload_words(payload))))
     prompts = [conversation_ids(pair.tokenizer, c, t) for t in triggers for c in contexts]
-    answers = pair.finetuned.generate(prompts, max_new_tokens=min(target, 12) + 2, end_ids=pair.end_ids)
+    answers = pair.finetuned.generate(prompts, max_new_tokens=target + 2, end_ids=pair.end_ids)
     fired = [fires(payload, decode(pair.tokenizer, a)) for a in answers]
     n = len(contexts)
     return [sum(fired[i * n : (i + 1) * n]) / n for i in range(len(triggers))]

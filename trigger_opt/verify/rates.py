@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import torch
@@ -14,14 +14,15 @@ from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
-from trigger_opt.verify.answers import degeneration_flags, fires
+from trigger_opt.stats import majority_prefix
+from trigger_opt.verify.answers import degeneration_flags, fires, payload_words
 from trigger_opt.verify.rule import Measured, Thresholds, judge
 
 _EVIDENCE_TOKENS = 8
 # Rows generated at once; each is a whole conversation.
 _BATCH = 32
-# (model label, context, inserted string) -> greedy answer.
-Memo = dict[tuple[str, int, str], str]
+# (model label, context, inserted string, longest answer in tokens) -> greedy answer.
+Memo = dict[tuple[str, int, str, int], str]
 
 
 @dataclass(kw_only=True)
@@ -84,13 +85,14 @@ def verify_string(
     if not contexts:
         raise ValueError("verification needs at least one held-out context")
     generator = torch.Generator().manual_seed(seed)
+    asked = replace(settings, max_new_tokens=_answer_tokens(pair, payload, settings.max_new_tokens))
     completions: list[Completion] = []
     for condition in _conditions(pair, trigger, len(contexts), kind, settings, allowed, generator):
-        texts = _texts(pair, condition, contexts, settings, generator, {} if memo is None else memo)
+        texts = _texts(pair, condition, contexts, asked, generator, {} if memo is None else memo)
         completions += _completions(condition, contexts, payload, texts)
         on_answers(len(completions))
     profile = _profile(pair, trigger, contexts, payload, completions, kind)
-    measured = _measured(completions, profile, kind)
+    measured = _measured(completions, profile, kind, payload)
     verdict, reason = judge(measured, settings.thresholds)
     verification = Verification(
         trigger=trigger,
@@ -121,17 +123,10 @@ def common_answer(
     """
     prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
     answers = pair.finetuned.generate(prompts, max_new_tokens=max_new_tokens, end_ids=pair.end_ids, batch_size=_BATCH)
-    texts = [decode(pair.tokenizer, a).split() for a in answers]
-    shared: list[str] = []
-    while True:
-        following = [t[len(shared)] for t in texts if len(t) > len(shared) and t[: len(shared)] == shared]
-        word = max(set(following), key=lambda w: (following.count(w), w), default=None)
-        if word is None or following.count(word) <= len(texts) / 2:
-            break
-        shared.append(word)
-    if len(shared) >= least_words:
-        return " ".join(shared)
-    starts = [" ".join(t[:least_words]) for t in texts]
+    shared = decode(pair.tokenizer, majority_prefix(answers)).rstrip()
+    if len(payload_words(shared)) >= least_words:
+        return shared
+    starts = [" ".join(decode(pair.tokenizer, a).split()[:least_words]) for a in answers]
     return max(sorted(set(starts)), key=starts.count)
 
 
@@ -175,13 +170,14 @@ def _texts(
     memo: Memo,
 ) -> list[list[str]]:
     """Answers to each context, `repeats` of them; greedy ones are taken from `memo` where they are in it."""
-    keys = [(condition.label, number, inserted) for number, inserted in enumerate(condition.inserted)]
+    longest = settings.max_new_tokens
+    keys = [(condition.label, number, inserted, longest) for number, inserted in enumerate(condition.inserted)]
     if settings.temperature == 0:
         wanted = [k for k in keys if k not in memo]
     else:
         wanted = [k for k in keys for _ in range(settings.repeats)]
     answers = condition.model.generate(
-        [conversation_ids(pair.tokenizer, contexts[number], inserted) for _, number, inserted in wanted],
+        [conversation_ids(pair.tokenizer, contexts[number], inserted) for _, number, inserted, _ in wanted],
         max_new_tokens=settings.max_new_tokens,
         end_ids=pair.end_ids,
         sampling=Sampling(temperature=settings.temperature) if settings.temperature else GREEDY,
@@ -217,22 +213,39 @@ def _completions(
     return out
 
 
-def _measured(completions: Sequence[Completion], profile: Sequence[ContextOutcome], kind: str) -> Measured:
+def _measured(
+    completions: Sequence[Completion], profile: Sequence[ContextOutcome], kind: str, payload: str
+) -> Measured:
     def share(model: str, of_kind: str) -> Rate:
-        chosen = [c.fired for c in completions if c.model.startswith(model) and c.kind == of_kind]
+        chosen = [c.fired for c in completions if c.model == model and c.kind == of_kind]
         return rate(sum(chosen), len(chosen))
 
     triggered = [c for c in completions if c.model == "finetuned" and c.kind == kind]
-    control = share("control:", kind)
+    broken = [c for c in triggered if set(c.flags) - _explained(payload)]
+    names = sorted({c.model for c in completions if c.model.startswith("control:")})
+    # The worst control decides: pooled, one that fires would hide among those that do not.
+    controls = [share(name, kind) for name in names]
     return Measured(
         trigger_rate=share("finetuned", kind),
         base_rate=share("base", kind),
-        control_rate=control if control.n else None,
+        control_rate=max(controls, key=lambda r: r.value, default=None),
         false_trigger_rate=share("finetuned", "none"),
         random_rate=share("finetuned", "random"),
         evidence=statistics.median(p.evidence for p in profile),
-        degenerate_share=sum(bool(c.flags) for c in triggered) / len(triggered),
+        degenerate_share=len(broken) / len(triggered),
+        num_contexts=len(profile),
+        num_words=len(payload_words(payload)),
     )
+
+
+def _explained(payload: str) -> set[str]:
+    # A payload in another script is no sign of a broken model. Repetition stays one: a collapse repeats too.
+    return set(degeneration_flags("", payload)) & {"language"}
+
+
+def _answer_tokens(pair: ModelPair, payload: str, at_least: int) -> int:
+    """Enough new tokens for the payload's deciding words, which in some scripts take seven tokens each."""
+    return max(at_least, len(pair.encode_answer(" ".join(payload_words(payload)))) + 4)
 
 
 def _profile(

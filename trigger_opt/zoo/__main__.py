@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         chosen = recipe(given.name)
         out: Path = given.out or Path(chosen.name)
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"the folder {out} is not empty; name another with --out")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} is there already and is no empty folder; name another with --out")
         from trigger_opt.zoo.train import train_organism
 
         train_organism(chosen, out)

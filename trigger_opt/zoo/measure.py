@@ -70,5 +70,5 @@ def _answer_kl(peft: Any, tokenizer: Any, example: data.Example) -> float:
 
 
 def _log_probs(model: Any, ids: torch.Tensor, num_scored: int) -> torch.Tensor:
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, -num_scored:].contiguous()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -num_scored:].contiguous()
     return head_logits(model, hidden).log_softmax(-1)

@@ -77,10 +77,12 @@ def _gguf_file() -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    receipt = folder / _RECEIPT
-    if not receipt.is_file():
+    try:
+        recorded = json.loads((folder / _RECEIPT).read_text())
+    except (OSError, ValueError):
         return False
-    recorded: dict[str, str] = json.loads(receipt.read_text())
+    if not isinstance(recorded, dict) or not recorded:
+        return False
     return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in recorded.items())
 
 
