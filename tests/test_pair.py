@@ -11,7 +11,7 @@ from tests import tiny
 from trigger_opt.errors import UserError
 from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.pair import CausalModel, LoadOptions, ModelPair, load_pair, share_equal_tensors
-from trigger_opt.scoring import Engine, js_divergence
+from trigger_opt.scoring import Engine, Side, js_divergence
 
 FP32 = LoadOptions(dtype="float32")
 PROMPTS = [[5, 6, 7], [262, 301, 270, 280, 17], [33, 34, 35], [9]]
@@ -71,6 +71,51 @@ def test_generation_and_likelihood_switch_sides_too(
         answers = model.generate(PROMPTS, max_new_tokens=5, end_ids=[])
         assert answers == [tiny.naive_greedy(network, p, 5) for p in PROMPTS]
         assert torch.allclose(model.log_likelihood(PROMPTS, [7, 8]), naive_likelihood(network, [7, 8]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved"),
+    [(("embed_tokens", "lm_head"), ()), (("q_proj",), ("lm_head",)), (("q_proj",), ("embed_tokens",))],
+)
+def test_adapters_at_both_ends_of_the_network_stay_on_their_side(
+    targets: tuple[str, ...], saved: tuple[str, ...], base_files: ModelFiles, tmp_path: Path
+) -> None:
+    files, merged = tiny.save_adapter(base_files, tmp_path / "ends", seed=5, targets=targets, saved=saved)
+    pair = load_pair(files, base_files, options=FP32)
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized(), batch_size=4)
+    trigger = torch.tensor([262, 301])
+    for model, folder in [(pair.finetuned, merged), (pair.base, base_files.folder)] * 2:
+        assert close(model, folder), folder
+        network = plain(folder)
+        side: Side = "finetuned" if model is pair.finetuned else "base"
+        context = engine.contexts[0]
+        prompt = [*context.left, 262, 301, *context.right]
+        scored = engine.logits(side, 0, trigger[None], [270])[0]
+        assert torch.allclose(scored, tiny.naive_logits(network, [*prompt, 270])[-2:], atol=1e-4)
+        assert model.generate([prompt], max_new_tokens=4, end_ids=[])[0] == tiny.naive_greedy(network, prompt, 4)
+        assert torch.allclose(model.embedding, network.get_input_embeddings().weight, atol=1e-5)
+    expected = Engine(
+        CausalModel("m", plain(merged)), CausalModel("b", plain(base_files.folder)), tiny.tokenized(), batch_size=4
+    )
+    slopes = [
+        e.gradient(lambda f, b: js_divergence(f, b).mean(-1), 0, trigger, [270])[1].detach() for e in (engine, expected)
+    ]
+    assert torch.allclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-4 * float(slopes[1].abs().max()))
+    assert list(pair.finetuned.weight_changes(pair.base))
+
+
+@pytest.mark.parametrize("family", tiny.SCALED_HEADS)
+def test_a_family_that_does_more_than_unembed_is_refused(family: str, tmp_path: Path) -> None:
+    files = tiny.save_model(tmp_path / family, family, seed=0, scale=0.5)
+    with pytest.raises(UserError, match="changes its logits after the unembedding"):
+        load_pair(files, files, options=FP32)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_families_that_can_be_scored_are_loaded(family: str, tmp_path: Path) -> None:
+    files = tiny.save_model(tmp_path / family, family, seed=0)
+    for dtype in ("float32", "bfloat16"):
+        assert load_pair(files, files, options=LoadOptions(dtype=dtype)).base.vocab_size == tiny.vocab_size()
 
 
 def test_a_full_pair_with_an_adapter_as_control(

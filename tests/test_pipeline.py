@@ -188,6 +188,16 @@ def test_later_stages_again(cli: CommandLine, tiny: TinyPair, finished: Path) ->
     assert ran == [*stages.STAGES, "verify", "report"]
 
 
+def test_later_stages_keep_to_their_models_and_contexts(cli: CommandLine, tiny: TinyPair, finished: Path) -> None:
+    assert cli(*tiny_settings(tiny, run_dir=finished), "stages=[report]").code == 0
+    before = contents(finished)
+    other = [f"model.finetuned={tiny.adapter}", "contexts.search=['Something else {trigger}']"]
+    error = cli(*tiny_settings(tiny, run_dir=finished), *other, "stages=[verify,report]").error
+    assert "another model and contexts" in error
+    assert f"model.base={tiny.base}" in error, "the command to repeat"
+    assert contents(finished) == before
+
+
 def test_report_again_needs_no_models(
     cli: CommandLine, tiny: TinyPair, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

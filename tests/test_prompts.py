@@ -16,6 +16,7 @@ from trigger_opt.prompts import (
     decode,
     encode,
     round_trips,
+    searchable,
     tokenize_context,
 )
 
@@ -123,6 +124,15 @@ def test_a_template_that_trims_the_turn_leaves_no_slot_at_its_beginning() -> Non
         with pytest.raises(UserError, match="changes the text around the slot"):
             tokenize_context(tokenizer, Context(user=user))
     assert tokenize_context(tokenizer, Context(user="Tell me. {trigger}")).right
+
+
+def test_searchable_leaves_out_what_the_template_trims() -> None:
+    tokenizer = tiny.make_tokenizer(tiny.TRIMMING)
+    good, bad = Context(user="Tell me. {trigger}"), Context(user="{trigger} Tell me.")
+    assert searchable(tokenizer, [bad, good, bad]) == [good]
+    assert searchable(tiny.make_tokenizer(), [bad, good]) == [bad, good]
+    with pytest.raises(UserError, match="changes the text around the slot"):
+        searchable(tokenizer, [bad])
 
 
 def one_context(user: str, tokenizer: Any) -> list[TokenizedContext]:

@@ -97,6 +97,25 @@ def test_later_stages_join_the_earlier_run(tmp_path: Path) -> None:
     assert [s.stage for s in joined.stages] == ["diff", "verify"]
 
 
+def test_run_that_never_began_is_no_run(tmp_path: Path) -> None:
+    with hold_run_folder(tmp_path, replace(INFO, config={"model": 1}), stages=ALL) as folder:
+        folder.set_plan(["refused after this, say for a wrong base"])
+    with hold_run_folder(tmp_path, replace(INFO, config={"model": 2}), stages=ALL) as folder:
+        assert folder.info.config == {"model": 2}
+
+
+@pytest.mark.parametrize("part", ["model", "contexts"])
+def test_later_stages_of_another_pair_are_refused(tmp_path: Path, part: str) -> None:
+    first = replace(INFO, command="first command\nsecond command", config={part: {"a": 1}, "seed": 1})
+    with hold_run_folder(tmp_path, first, stages=ALL) as folder:
+        folder.add_stage(RUN)
+    with pytest.raises(UserError) as caught, hold_run_folder(tmp_path, INFO, stages=["verify"]):
+        pass
+    assert str(caught.value).endswith(f"was made with another {part}; repeat its settings: first command")
+    with hold_run_folder(tmp_path, replace(first, config={part: {"a": 1}, "seed": 2}), stages=["verify"]):
+        pass
+
+
 def test_old_files_are_put_aside_one_by_one(tmp_path: Path) -> None:
     with hold_run_folder(tmp_path, INFO, stages=ALL) as folder:
         for text in ("first", "second", "third"):

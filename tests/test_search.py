@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trigger_opt.search import GCG, Found, RandomSearch, Scorer, Seeds, Step
+from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Scorer, Seeds, Step
 from trigger_opt.search.loop import initial_pool, ranked
 from trigger_opt.search.moves import distinct, draw_swaps, random_options, random_triggers, top_swaps
 
@@ -379,7 +379,7 @@ def pool(seeds: Seeds, valid: Callable[[Tensor], Tensor] = always, count: int = 
 
 
 def test_initial_pool_raises_when_nothing_is_valid() -> None:
-    with pytest.raises(ValueError, match="survives re-tokenisation"):
+    with pytest.raises(NoValidStringError, match="survives re-tokenisation"):
         pool(Seeds(), lambda c: torch.zeros(len(c), dtype=torch.bool))
 
 
@@ -400,6 +400,14 @@ def test_initial_pool_is_half_pure_and_half_mixed_seed_tokens() -> None:
 
 def found(ids: tuple[int, ...], score: float, selection_rate: float | None, step: int = 0) -> Found:
     return Found(trigger_ids=ids, score=score, selection_rate=selection_rate, restart=0, step=step, evaluations=step)
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_settings_that_cannot_work_are_refused(kind: type[Any]) -> None:
+    with pytest.raises(ValueError, match="n_replace=5 exceeds trigger_length=4"):
+        small(kind, n_replace=5)
+    with pytest.raises(ValueError, match="buffer_size=32 leaves no room"):
+        small(kind, buffer_size=32)
 
 
 def test_ranked_puts_firing_strings_first_then_scores_each_once() -> None:

@@ -1,4 +1,4 @@
-"""Wilson intervals against the closed formula."""
+"""Wilson intervals against the closed formula; what most sequences begin with."""
 
 import math
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trigger_opt.records import rate
-from trigger_opt.stats import wilson_interval
+from trigger_opt.stats import majority_prefix, wilson_interval
 
 
 def formula(successes: int, n: int, z: float) -> tuple[float, float]:
@@ -41,3 +41,23 @@ def test_rate_carries_its_interval() -> None:
     assert found.value == 0.75
     assert (found.low, found.high) == wilson_interval(9, 12)
     assert rate(0, 0).value == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "share", "expected"),
+    [
+        ([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 0.5, (1, 2, 3)),
+        ([[1, 2, 3], [1, 2, 4]], 0.5, (1, 2)),
+        ([[1, 2], [3, 4]], 0.5, ()),
+        ([[1, 2, 3], [1, 2], [1, 2]], 0.5, (1, 2)),
+        # The majority is of all answers, not of those that are still alike.
+        ([[1, 2, 3], [1, 2, 3], [1, 9, 9], [8], [8]], 0.5, (1,)),
+        ([[1, 2, 3]] * 3 + [[9]] * 2, 0.7, ()),
+        ([[1, 2, 3], [1, 2, 3], [9, 2, 3]], 0.5, (1, 2, 3)),
+        ([], 0.5, ()),
+        ([[]], 0.5, ()),
+        ([[7, 7]], 0.5, (7, 7)),
+    ],
+)
+def test_majority_prefix(answers: list[list[int]], share: float, expected: tuple[int, ...]) -> None:
+    assert majority_prefix(answers, share=share) == expected

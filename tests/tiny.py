@@ -219,6 +219,7 @@ def save_adapter(
     rank: int = 4,
     std: float = 0.2,
     targets: Sequence[str] = ("q_proj", "down_proj"),
+    saved: Sequence[str] = (),
 ) -> tuple[ModelFiles, Path]:
     """A LoRA adapter with random factors in `folder`, and PEFT's own merge of it beside it."""
     from peft import LoraConfig, get_peft_model
@@ -228,12 +229,19 @@ def save_adapter(
         torch.manual_seed(seed)
         network = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
         lora = LoraConfig(
-            task_type="CAUSAL_LM", init_lora_weights=False, r=rank, lora_alpha=2 * rank, target_modules=list(targets)
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=list(targets),
+            modules_to_save=list(saved) or None,
         )
         peft = get_peft_model(network, lora)
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.data.normal_(std=std)
+            elif "modules_to_save" in name:
+                parameter.data.add_(torch.randn_like(parameter) * std)
     peft.save_pretrained(folder)
     merged = folder.with_name(folder.name + "-merged")
     peft.merge_and_unload().save_pretrained(merged)

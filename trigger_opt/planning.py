@@ -79,8 +79,7 @@ def load_options(config: RunConfig) -> LoadOptions:
 
 
 def _check_texts(config: RunConfig) -> None:
-    api.contexts_from(config.contexts.search, "search")
-    api.contexts_from(config.contexts.held_out, "held_out")
+    api.context_sets(config.contexts.search, config.contexts.held_out)
     api.contexts_from(config.hypotheses.contexts, "hypotheses")
 
 

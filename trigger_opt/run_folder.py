@@ -93,16 +93,20 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
     earlier = path / "run.json"
     if not earlier.is_file():
         return info
+    old = read_record(earlier, RunInfo)
+    if not old.stages:
+        # It stopped before it did anything, say at a wrong base: nothing there is worth guarding.
+        return info
     if "diff" in stages and "report" in stages:
         raise UserError(
             f"the folder {path} already holds a run; name the stages to run again (stages=[verify,report]) "
             "or give another run_dir"
         )
-    old = read_record(earlier, RunInfo)
-    differs = [part for part in ("model", "contexts") if old.stages and old.config.get(part) != info.config.get(part)]
+    differs = [part for part in ("model", "contexts") if old.config.get(part) != info.config.get(part)]
     if differs:
+        first = old.command.split("\n")[0]
         raise UserError(
-            f"the run in {path} was made with another {' and '.join(differs)}; repeat its settings: {old.command}"
+            f"the run in {path} was made with another {' and '.join(differs)}; repeat its settings: {first}"
         )
     return replace(info, command=f"{old.command}\n{info.command}", stages=old.stages)
 

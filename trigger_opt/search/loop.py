@@ -282,7 +282,9 @@ def initial_pool(
             ids = torch.tensor(seeds.tokens)
             seeded = ids[torch.randint(len(ids), drawn.shape, generator=generator)]
             plain = torch.rand(drawn.shape, generator=generator) < 0.3
+            # Half of them seeds alone, an eighth none: seeds may not survive re-tokenisation beside each other.
             plain[: len(drawn) // 2] = False
+            plain[len(drawn) - len(drawn) // 8 :] = True
             drawn = torch.where(plain, drawn, seeded)
         kept.append(drawn[valid(drawn)])
         if sum(len(k) for k in kept) >= count:

@@ -37,6 +37,8 @@ def draw_swaps(
     no more.
     """
     length, topk = options.shape
+    if topk == 0:
+        return trigger.repeat(0, 1)
     if n_replace == 1:
         cells = torch.randperm(length * topk, generator=generator)[:count]
         candidates = trigger.repeat(len(cells), 1)

@@ -4,6 +4,8 @@ import re
 
 _PAYLOAD_WORDS = 5
 _SHORT = 12
+# Kana and ideographs one by one, runs of other word characters, single other symbols.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+(?:'\w+)*|[^\w\s.,;:!?\"'()\-]")
 
 
 def payload_words(payload: str) -> list[str]:
@@ -49,5 +51,6 @@ def degeneration_flags(prompt: str, answer: str) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    # Runs of word characters or single other symbols, so that a payload of symbols alone has words too.
-    return re.findall(r"\w+(?:'\w+)*|[^\w\s.,;:!?\"'()\-]", text.lower())
+    # Marks that open a heading, a list or a quotation are no part of what is said. A character of a script without
+    # spaces is a word, and so is any other symbol, so that a payload of symbols alone has words too.
+    return _WORD.findall(text.lower().lstrip("*_#>`\"'\u201c\u2018\u00ab \n"))

@@ -84,6 +84,8 @@ def verify_string(
     """
     if not contexts:
         raise ValueError("verification needs at least one held-out context")
+    if not payload_words(payload):
+        raise ValueError(f"the payload {payload!r} has no word")
     generator = torch.Generator().manual_seed(seed)
     asked = replace(settings, max_new_tokens=_answer_tokens(pair, payload, settings.max_new_tokens))
     completions: list[Completion] = []
