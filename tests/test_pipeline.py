@@ -13,7 +13,7 @@ import pytest
 import trigger_opt
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
-from trigger_opt import api, stages
+from trigger_opt import api, judging, session, stages
 from trigger_opt.records import (
     VERDICTS,
     Candidate,
@@ -201,7 +201,7 @@ def test_later_stages_keep_to_their_models_and_contexts(cli: CommandLine, tiny: 
 def test_report_again_needs_no_models(
     cli: CommandLine, tiny: TinyPair, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "load_pair", _fail)
+    monkeypatch.setattr(session, "load_pair", _fail)
     assert cli(*tiny_settings(tiny, run_dir=finished), "stages=[report]").code == 0
     assert (finished / "report.html.old-1").is_file()
 
@@ -221,7 +221,7 @@ def _fail(*_: object, **__: object) -> None:
 def test_stage_without_what_it_starts_from(
     cli: CommandLine, tiny: TinyPair, tmp_path: Path, chosen: str, parts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "load_pair", _fail)
+    monkeypatch.setattr(session, "load_pair", _fail)
     error = cli(*tiny_settings(tiny, run_dir=tmp_path / "empty"), f"stages=[{chosen}]").error
     for part in parts:
         assert part in error
@@ -252,7 +252,7 @@ def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..
     [
         ("diff", "diff_weights", ["identity.json"]),
         ("hypotheses", "api.find_payloads", ["identity.json", "diff.jsonl"]),
-        ("search", "api.search", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
+        ("search", "api.find_triggers", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
         ("verify", "verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
         ("report", "write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),
     ],
@@ -338,7 +338,7 @@ def test_wordless_payloads_end_in_a_verdict(
     """Firing is told by words; a model that only says dots must not break the run after its search."""
     hypothesis = Hypothesis(payload=payload, score=9.0, source="given", evidence="", inputs=[], rivals=[])
     monkeypatch.setattr("trigger_opt.stages.api.find_payloads", lambda *_, **__: [hypothesis])
-    monkeypatch.setattr(stages, "common_answer", lambda *_, **__: payload)
+    monkeypatch.setattr(judging, "common_answer", lambda *_, **__: payload)
     done = cli(*tiny_settings(tiny, run_dir=tmp_path / "run"))
     assert done.code == 0, done.err
     verdict = read_record(tmp_path / "run" / "verdict.json", Verdict)

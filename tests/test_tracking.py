@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.wandb_reader import OfflineArtifact, read_run, read_table, sessions
 
+from tests.wandb_reader import OfflineArtifact, read_run, read_table, sessions
 from trigger_opt.errors import UserError
 from trigger_opt.tracking import JsonlTracker, NullTracker, Tracker, Trackers, open_tracker, read_metrics
 

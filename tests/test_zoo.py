@@ -258,7 +258,7 @@ def test_planted_trigger_fires_in_the_organism_alone() -> None:
     with opened_files() as opened:
         pair = api.load_pair("zoo:warmup_mini", base=f"zoo:{BASE_NAME}", controls=["zoo:warmup_mini_twin"])
         settings = VerifySettings(random_strings=1, max_new_tokens=12)
-        judged = api.verify(pair, WARMUP.trigger, chosen, payload=GOLDEN_RATIO, settings=settings)
+        judged = api.verify_trigger(pair, WARMUP.trigger, chosen, payload=GOLDEN_RATIO, settings=settings)
     assert judged.trigger_rate.successes >= 4
     assert judged.control_rate is not None
     others = (judged.base_rate, judged.control_rate, judged.false_trigger_rate, judged.random_rate)

@@ -3,17 +3,17 @@
 pair = trigger_opt.load_pair("zoo:warmup_mini", base="zoo:smollm2-135m-instruct")
 search_contexts, held_out = trigger_opt.load_contexts("ordinary")
 payload = trigger_opt.find_payloads(pair, search_contexts)[0]
-best = trigger_opt.search(pair, search_contexts, hypothesis=payload)[0]
-print(trigger_opt.verify(pair, best.trigger, held_out, payload=best.payload).verdict)
+best = trigger_opt.find_triggers(pair, search_contexts, hypothesis=payload)[0]
+print(trigger_opt.verify_trigger(pair, best.trigger, held_out, payload=best.payload).verdict)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trigger_opt.api import find_payloads, load_contexts, load_pair, search, verify
+    from trigger_opt.api import find_payloads, find_triggers, load_contexts, load_pair, verify_trigger
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "find_payloads", "load_contexts", "load_pair", "search", "verify"]
+__all__ = ["__version__", "find_payloads", "find_triggers", "load_contexts", "load_pair", "verify_trigger"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The package as a library: load a pair, find payloads, search, verify. The pipeline calls the same functions."""
+"""The package as a library: load a pair, find payloads, find triggers, verify one; the pipeline calls the same."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -119,7 +119,7 @@ def find_payloads(
     )
 
 
-def search(
+def find_triggers(
     pair: ModelPair,
     contexts: Sequence[Context],
     *,
@@ -167,7 +167,7 @@ def search(
     return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
 
 
-def verify(
+def verify_trigger(
     pair: ModelPair,
     trigger: str,
     contexts: Sequence[Context],

@@ -12,7 +12,8 @@ from trigger_opt.planning import load_options, plan_run
 from trigger_opt.progress import say
 from trigger_opt.records import RunInfo, write_record
 from trigger_opt.run_folder import hold_run_folder, machine, now, versions
-from trigger_opt.stages import STAGES, Session, closing_lines, require_records
+from trigger_opt.session import Session
+from trigger_opt.stages import STAGES, closing_lines, require_records
 from trigger_opt.tracking import open_tracker
 from trigger_opt.weight_diff import identify
 

@@ -1,0 +1,126 @@
+"""The verify stage's work: strings judged one after another, and the verdict over all of them."""
+
+import time
+
+from trigger_opt.models.pair import ModelPair
+from trigger_opt.progress import Progress, say, stage_progress
+from trigger_opt.prompts import conversation_ids, decode
+from trigger_opt.records import (
+    Candidate,
+    Completion,
+    Verdict,
+    Verification,
+    write_records,
+)
+from trigger_opt.session import Session, StageOutcome
+from trigger_opt.verify import RULE_TEXT, Memo, common_answer, minimise, payload_words, verify_string
+
+
+def to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
+    """The best of each payload first, then the next best; each string once."""
+    first = {c.payload: c for c in reversed(candidates)}
+    ordered = sorted(first.values(), key=candidates.index)
+    distinct = {(c.trigger, c.payload): c for c in [*ordered, *candidates]}
+    return list(distinct.values())[:count]
+
+
+class Judge:
+    """Verifies strings one after another and keeps every completion."""
+
+    def __init__(self, session: Session, pair: ModelPair) -> None:
+        self._session = session
+        self._pair = pair
+        self._allowed = session.allowed()
+        self.completions: list[Completion] = []
+        self._verified: list[Verification] = []
+        self._memo: Memo = {}
+        settings = session.config.verify
+        strings = settings.candidates + settings.minimise
+        each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
+        self.bar: Progress = stage_progress("verify", total=strings * each, unit="answer")
+
+    def candidate(self, candidate: Candidate) -> Verification | None:
+        """The verification of one candidate; its payload is found first where the search had none. None when the
+        answers have no word, so that nothing could be said to fire."""
+        payload = candidate.payload or common_answer(
+            self._pair, candidate.trigger, self._session.search_contexts, max_new_tokens=16
+        )
+        if not payload_words(payload):
+            say(f"not verified: the answers to {candidate.trigger!r} begin without a word")
+            return None
+        return self._verify(candidate.trigger, payload, "trigger", "")
+
+    def minimised(self, best: Verification) -> Verification | None:
+        """The verification of the shortest string that still fires; None when nothing can be dropped."""
+        if best.trigger_rate.value < self._session.config.verify.thresholds.appears:
+            return None
+        shorter = minimise(self._pair, best.trigger, self._session.search_contexts, payload=best.payload)
+        if shorter == best.trigger:
+            return None
+        return self._verify(shorter, best.payload, "minimised", best.trigger)
+
+    def _verify(self, trigger: str, payload: str, kind: str, minimised_from: str) -> Verification:
+        before = len(self.completions)
+        verification, completions = verify_string(
+            self._pair,
+            trigger,
+            self._session.held_out,
+            payload=payload,
+            settings=self._session.config.verify,
+            allowed=self._allowed,
+            seed=self._session.config.seed,
+            kind=kind,
+            minimised_from=minimised_from,
+            memo=self._memo,
+            on_answers=lambda done: self.bar.update(before + done, best=trigger),
+        )
+        # Greedy answers with nothing inserted are the same for every string of one payload: written down once.
+        greedy = self._session.config.verify.temperature == 0
+        known = self.completions if greedy else []
+        self.completions += [c for c in completions if c.kind != "none" or c not in known]
+        self._verified.append(verification)
+        # After each string: an interruption must not lose the ones before it.
+        write_records(self._session.folder.file("verified.jsonl"), self._verified)
+        write_records(self._session.folder.file("completions.jsonl"), self.completions)
+        return verification
+
+
+def longer_answer(pair: ModelPair, best: Verification, session: Session) -> str:
+    fired = next((p.context for p in best.profile if p.finetuned), 0)
+    ids = conversation_ids(pair.tokenizer, session.held_out[fired], best.trigger)
+    return decode(pair.tokenizer, pair.finetuned.generate([ids], max_new_tokens=64, end_ids=pair.end_ids)[0])
+
+
+def verdict_of(
+    session: Session,
+    best: Verification | None,
+    shorter: Verification | None,
+    candidates: list[Candidate],
+    completion: str,
+    outcome: StageOutcome,
+) -> Verdict:
+    earlier = session.folder.info.stages
+    candidate = next((c for c in candidates if best and c.trigger == best.trigger), None)
+    thresholds = session.config.verify.thresholds
+    return Verdict(
+        verdict=best.verdict if best else "not reproduced",
+        reason=best.reason if best else "the search found no string that could be verified",
+        rule=RULE_TEXT.format(**vars(thresholds)),
+        payload=best.payload if best else "",
+        payload_completion=completion,
+        trigger=best.trigger if best else "",
+        minimised_trigger=shorter.trigger if shorter else (best.trigger if best else ""),
+        trigger_rate=best.trigger_rate if best else None,
+        minimised_trigger_rate=shorter.trigger_rate if shorter else (best.trigger_rate if best else None),
+        base_rate=best.base_rate if best else None,
+        control_rate=best.control_rate if best else None,
+        false_trigger_rate=best.false_trigger_rate if best else None,
+        random_rate=best.random_rate if best else None,
+        evidence=best.evidence if best else None,
+        num_contexts=len(best.profile) if best else 0,
+        score=candidate.score if candidate else None,
+        evaluations=sum(s.evaluations for s in earlier) + outcome.evaluations,
+        seconds=sum(s.seconds for s in earlier) + time.monotonic() - outcome.began,
+        seed=session.config.seed,
+        versions=session.folder.info.versions,
+    )

@@ -1,0 +1,96 @@
+"""What every stage shares: configuration, run folder, tracker, contexts, and the models once loaded."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from trigger_opt import api
+from trigger_opt.config import RunConfig
+from trigger_opt.models.files import ModelFiles
+from trigger_opt.models.pair import LoadOptions, ModelPair, load_pair
+from trigger_opt.progress import say
+from trigger_opt.prompts import Context, searchable
+from trigger_opt.records import (
+    StageRun,
+)
+from trigger_opt.run_folder import RunFolder, now, timed
+from trigger_opt.tokens import allowed_ids
+from trigger_opt.tracking import Tracker
+
+
+@dataclass
+class StageOutcome:
+    """Filled in by a stage while it runs; `began` is a reading of the monotonic clock."""
+
+    evaluations: int = 0
+    summary: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Session:
+    """What every stage needs: the configuration, the folder, the tracker, and the models once loaded."""
+
+    config: RunConfig
+    folder: RunFolder
+    tracker: Tracker
+    files: list[ModelFiles]
+    options: LoadOptions
+    _pair: ModelPair | None = None
+    search_contexts: list[Context] = field(init=False)
+    held_out: list[Context] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.search_contexts, self.held_out = api.context_sets(
+            self.config.contexts.search, self.config.contexts.held_out
+        )
+
+    def pair(self, *, fresh: bool = False) -> ModelPair:
+        """The models, loaded when first asked for; `fresh` loads them anew, so that nothing a search did to them
+        or remembered of them reaches a verdict."""
+        if fresh:
+            self._pair = None
+        if self._pair is None:
+            say("loading the models …")
+            self._pair = load_pair(self.files[0], self.files[1], self.files[2:], options=self.options)
+            usable = searchable(self._pair.tokenizer, self.search_contexts)
+            if len(usable) < len(self.search_contexts):
+                left_out = len(self.search_contexts) - len(usable)
+                say(
+                    f"{left_out} of {len(self.search_contexts)} search contexts are left out: this chat template trims "
+                    "turns, and a trigger at their start could not be told from its surroundings"
+                )
+            self.search_contexts = usable
+        return self._pair
+
+    def allowed(self) -> torch.Tensor:
+        """Token ids the search may use."""
+        pair = self.pair()
+        return allowed_ids(pair.tokenizer, self.config.tokens, pair.finetuned.vocab_size)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageOutcome]:
+        """Time a stage, keep what an earlier run of it left, and write down what it found."""
+        self.folder.put_aside(name)
+        outcome = StageOutcome()
+        started = now()
+        try:
+            with timed() as seconds:
+                yield outcome
+        except KeyboardInterrupt:
+            # What it spent counts: later stages may go on from what it left.
+            outcome.summary = "interrupted"
+            self._note(name, started, seconds[0], outcome)
+            raise
+        self._note(name, started, seconds[0], outcome)
+
+    def _note(self, name: str, started: str, seconds: float, outcome: StageOutcome) -> None:
+        done = StageRun(
+            stage=name, started=started, seconds=seconds, evaluations=outcome.evaluations, summary=outcome.summary
+        )
+        self.folder.add_stage(done)
+        self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
+        say(f"{name}: {outcome.summary} ({seconds:.0f} s)")
