@@ -250,11 +250,11 @@ def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..
 @pytest.mark.parametrize(
     ("stage", "name", "kept"),
     [
-        ("diff", "diff_weights", ["identity.json"]),
-        ("hypotheses", "api.find_payloads", ["identity.json", "diff.jsonl"]),
-        ("search", "api.find_triggers", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
-        ("verify", "verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
-        ("report", "write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),
+        ("diff", "stages.diff_weights", ["identity.json"]),
+        ("hypotheses", "stages.api.find_payloads", ["identity.json", "diff.jsonl"]),
+        ("search", "stages.api.find_triggers", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
+        ("verify", "judging.verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
+        ("report", "stages.write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),
     ],
 )
 def test_interrupted_stage(
@@ -266,7 +266,7 @@ def test_interrupted_stage(
     name: str,
     kept: list[str],
 ) -> None:
-    monkeypatch.setattr(f"trigger_opt.stages.{name}", interrupt(0))
+    monkeypatch.setattr(f"trigger_opt.{name}", interrupt(0))
     run = tmp_path / "run"
     done = cli(*tiny_settings(tiny, run_dir=run), "payload=hello there")
     assert done.code == 130
