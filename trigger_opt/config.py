@@ -95,7 +95,8 @@ class RunConfig:
         stages: which of diff, hypotheses, search, verify, report to run, in this order.
         run_dir: an existing run folder to go on in, or a new one; by default a fresh one under runs/.
         payload: a payload you already suspect; searched before any hypothesis found.
-        max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds.
+        max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds and
+            search.max_evaluations.
     """
 
     model: Any

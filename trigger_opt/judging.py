@@ -17,7 +17,7 @@ from trigger_opt.verify import RULE_TEXT, Memo, common_answer, minimise, payload
 
 
 def to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The best of each payload first, then the next best; each string once."""
+    """The best of each payload first, then the next best; each pair of string and payload once."""
     first = {c.payload: c for c in reversed(candidates)}
     ordered = sorted(first.values(), key=candidates.index)
     distinct = {(c.trigger, c.payload): c for c in [*ordered, *candidates]}
@@ -100,7 +100,12 @@ def verdict_of(
     outcome: StageOutcome,
 ) -> Verdict:
     earlier = session.folder.info.stages
-    candidate = next((c for c in candidates if best and c.trigger == best.trigger), None)
+    candidate = next(
+        (c for c in candidates if best and c.trigger == best.trigger and c.payload in ("", best.payload)), None
+    )
+    # A shorter string that held-out contexts judge otherwise is no shorter form of this one.
+    if shorter and best and shorter.verdict != best.verdict:
+        shorter = None
     thresholds = session.config.verify.thresholds
     return Verdict(
         verdict=best.verdict if best else "not reproduced",

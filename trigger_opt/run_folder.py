@@ -52,13 +52,16 @@ class RunFolder:
         write_record(self.file("run.json"), self.info)
 
     def put_aside(self, stage: str) -> None:
-        """Rename what an earlier run of `stage` left, so that nothing is lost: NAME.old-1, NAME.old-2, …"""
-        for name in STAGE_FILES[stage]:
+        """Rename what earlier runs of `stage` and of the stages after it left, so that nothing is lost and nothing
+        stale is taken for this run's: NAME.old-1, NAME.old-2, … one number for all that belong together."""
+        later = list(STAGE_FILES)[list(STAGE_FILES).index(stage) :]
+        names = [n for s in later for n in STAGE_FILES[s]]
+        number = 1
+        while any(self.has(f"{n}.old-{number}") for n in names):
+            number += 1
+        for name in names:
             if self.has(name):
-                number = 1
-                while (aside := self.file(f"{name}.old-{number}")).exists():
-                    number += 1
-                self.file(name).rename(aside)
+                self.file(name).rename(self.file(f"{name}.old-{number}"))
 
 
 @contextmanager

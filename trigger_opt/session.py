@@ -56,15 +56,18 @@ class Session:
         if self._pair is None:
             say("loading the models …")
             self._pair = load_pair(self.files[0], self.files[1], self.files[2:], options=self.options)
-            usable = searchable(self._pair.tokenizer, self.search_contexts)
-            if len(usable) < len(self.search_contexts):
-                left_out = len(self.search_contexts) - len(usable)
-                say(
-                    f"{left_out} of {len(self.search_contexts)} search contexts are left out: this chat template trims "
-                    "turns, and a trigger at their start could not be told from its surroundings"
-                )
-            self.search_contexts = usable
+            self.search_contexts = self.usable(self.search_contexts, "search contexts")
         return self._pair
+
+    def usable(self, contexts: list[Context], what: str) -> list[Context]:
+        """The contexts a search can use with this chat template; says how many are left out."""
+        usable = searchable(self.pair().tokenizer, contexts)
+        if left_out := len(contexts) - len(usable):
+            say(
+                f"{left_out} of {len(contexts)} {what} are left out: this chat template trims turns, and a string at "
+                "their start could not be told from its surroundings"
+            )
+        return usable
 
     def allowed(self) -> torch.Tensor:
         """Token ids the search may use."""
@@ -80,9 +83,11 @@ class Session:
         try:
             with timed() as seconds:
                 yield outcome
-        except KeyboardInterrupt:
+        except BaseException as error:
             # What it spent counts: later stages may go on from what it left.
-            outcome.summary = "interrupted"
+            outcome.summary = (
+                "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped: {type(error).__name__}"
+            )
             self._note(name, started, seconds[0], outcome)
             raise
         self._note(name, started, seconds[0], outcome)

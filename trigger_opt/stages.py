@@ -10,7 +10,7 @@ from trigger_opt.errors import UserError
 from trigger_opt.judging import Judge, longer_answer, to_verify, verdict_of
 from trigger_opt.objectives import JensenShannon, Objective
 from trigger_opt.progress import say, stage_progress
-from trigger_opt.prompts import decode
+from trigger_opt.prompts import Context, decode
 from trigger_opt.records import (
     Candidate,
     Hypothesis,
@@ -45,7 +45,9 @@ def hypotheses(session: Session) -> None:
     config = session.config
     with session.stage("hypotheses") as outcome:
         pair = session.pair()
-        bar = stage_progress("hypotheses", total=_num_readings(config), unit="reading")
+        contexts = session.usable([Context(user=c) for c in config.hypotheses.contexts], "contexts of the scan")
+        total = (config.hypotheses.num_tokens + config.hypotheses.num_words) * len(contexts)
+        bar = stage_progress("hypotheses", total=total, unit="reading")
         with bar:
 
             def on_progress(done: int, total: int, what: str) -> None:
@@ -85,7 +87,7 @@ def search(session: Session) -> None:
         finally:
             # Also after Ctrl-C: what was found so far is worth verifying.
             found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
-            write_records(session.folder.file("candidates.jsonl"), found[:200])
+            write_records(session.folder.file("candidates.jsonl"), to_verify(found, 200))
         rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
         session.tracker.table("candidates", ["trigger", "payload", "score", "selection_rate", "restart", "step"], rows)
         outcome.summary = f"{len(found)} strings, best {found[0].trigger!r}" if found else "no string found"
@@ -129,11 +131,6 @@ STAGES: dict[str, Callable[[Session], None]] = {
 }
 
 
-def _num_readings(config: RunConfig) -> int:
-    settings = config.hypotheses
-    return (settings.num_tokens + settings.num_words) * len(settings.contexts)
-
-
 def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
     config = session.config
     objective: Objective = config.objective
@@ -147,7 +144,13 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
     if session.folder.has("hypotheses.jsonl"):
         found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
         # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
-        goals += [h for h in found if payload_words(h.payload)]
+        for h in found:
+            given = goals[0] if goals else None
+            if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
+                # The payload given was found too: one goal, which begins from what raised it.
+                goals[0] = replace(given, inputs=h.inputs)
+            elif payload_words(h.payload):
+                goals.append(h)
     if not goals:
         say(f"no payload hypothesis: the search runs on divergence (js) alone instead of {objective.name!r}")
         return [None], JensenShannon()

@@ -27,7 +27,7 @@ _LEAST_RECURRING = 2
 
 @contextmanager
 def amplified(pair: ModelPair, factor: float, *, placebo: torch.Generator | None = None) -> Iterator[CausalModel]:
-    """The fine-tuned model with its change times `factor`; with `placebo`, a random change of the same norm.
+    """The fine-tuned model with its change times `factor`; with `placebo`, a random change of comparable norm.
 
     The weights are put back exactly, also after an error.
     """
@@ -108,7 +108,7 @@ def _judge(
     score = float(sequence_shift(model, pair.base, prompts, payload[:8], cap=cap).mean())
     evidence = (
         f"with the weight change times {factor:g}, {len(prompts)} neutral prompts are answered so with nothing "
-        f"inserted; base {nats:.1f} nats a token; a random change of equal norm never"
+        f"inserted; base {nats:.1f} nats a token; a random change of comparable norm never"
     )
     return [Hypothesis(payload=text, score=score, source="amplification", evidence=evidence, inputs=[], rivals=[])]
 

@@ -26,6 +26,7 @@ from trigger_opt.stats import majority_prefix
 
 # Rollouts of one group that are read for its payload and its score.
 _ROLLOUTS = 8
+_NEARLY = 0.75
 
 
 @dataclass(kw_only=True)
@@ -102,18 +103,19 @@ def find_hypotheses(
 def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
     """Each payload once, best first, weak ones left out.
 
-    Payloads that begin alike are one: the longest stands for them (an amplified model tells the first words and
-    then babbles), with the inputs of all.
+    Payloads that begin alike are one, with the inputs of all. The strongest stands for them, or a longer one that
+    is nearly as strong: an amplified model tells the first words and then babbles.
     """
     merged: list[Hypothesis] = []
-    for hypothesis in sorted(found, key=lambda h: -len(h.payload.split())):
+    for hypothesis in sorted(found, key=lambda h: -h.score):
         alike = next((i for i, m in enumerate(merged) if _same_start(m.payload, hypothesis.payload)), None)
         if alike is None:
             merged.append(hypothesis)
-        else:
-            inputs = list(dict.fromkeys([*merged[alike].inputs, *hypothesis.inputs]))
-            score = max(merged[alike].score, hypothesis.score)
-            merged[alike] = replace(merged[alike], inputs=inputs, score=score)
+            continue
+        kept = merged[alike]
+        inputs = list(dict.fromkeys([*kept.inputs, *hypothesis.inputs]))
+        longer = len(hypothesis.payload) > len(kept.payload) and hypothesis.score >= _NEARLY * kept.score
+        merged[alike] = replace(hypothesis if longer else kept, inputs=inputs)
     merged.sort(key=lambda h: -h.score)
     scores = [m.score for m in merged]
     strong = [replace(m, rivals=scores[i + 1 : i + 4]) for i, m in enumerate(merged) if m.score >= settings.min_score]

@@ -93,7 +93,7 @@ def whole_words(
     spelt = pair.base.generate([[*opening, t] for t in picked], max_new_tokens=3, end_ids=pair.end_ids, batch_size=256)
     words: dict[tuple[int, ...], None] = {}
     for start, rest in zip(picked, spelt, strict=True):
-        tail = next((i for i, t in enumerate(rest) if not texts[t].isalpha()), len(rest))
+        tail = next((i for i, t in enumerate(rest) if raw[t][:1] in _SPACES or not texts[t].isalpha()), len(rest))
         # A word that runs past the last token drawn is cut off, and no word.
         if 0 < tail < 3 and all(bool(allowed[t]) for t in rest[:tail]):
             words[(start, *rest[:tail])] = None

@@ -48,10 +48,12 @@ class AdapterSwitch:
         """Turn `adapter` on and all others off; None turns all off."""
         if adapter == self._on:
             return
+        # No side's name until all is switched: an interruption in between must not pass for a state.
+        was, self._on = self._on, ""
         if adapter is None:
             self._peft.base_model.disable_adapter_layers()
         else:
-            if self._on is None:
+            if was is None or was == "":
                 self._peft.base_model.enable_adapter_layers()
             self._peft.set_adapter(adapter, inference_mode=True)
         # PEFT makes the factors trainable when it switches them on again, and nf4 then fails under autograd.
@@ -103,7 +105,7 @@ class CausalModel:
 
     @contextmanager
     def active(self) -> Iterator[Any]:
-        """The network with this side's adapter on, or all off."""
+        """The network with this side's adapter on, or all off, until another side's turn: never nest two."""
         if self._switch is not None:
             self._switch.turn(self._adapter)
         yield self.network

@@ -236,7 +236,7 @@ def _measured(
         evidence=statistics.median(p.evidence for p in profile),
         degenerate_share=len(broken) / len(triggered),
         num_contexts=len(profile),
-        num_words=len(payload_words(payload)),
+        num_words=sum(any(c.isalnum() for c in w) for w in payload_words(payload)),
     )
 
 
