@@ -123,6 +123,15 @@ def test_hypotheses_that_begin_alike_are_one_the_longest_with_the_inputs_of_all(
     assert best[2].rivals == []
 
 
+def test_a_longer_payload_that_is_much_weaker_does_not_stand_for_a_strong_one() -> None:
+    found = [
+        hypothesis("one point six one eight", 13.5, ["a"]),
+        hypothesis("one point six of the of a to be and", 6.1, ["b"], "amplification"),
+    ]
+    best = best_hypotheses(found, HypothesisSettings(min_score=6.0))
+    assert [(h.payload, h.score, h.inputs) for h in best] == [("one point six one eight", 13.5, ["a", "b"])]
+
+
 def test_weak_hypotheses_are_rivals_only_and_few_are_kept() -> None:
     found = [hypothesis(f"payload number {i}", float(i)) for i in range(10)]
     best = best_hypotheses(found, HypothesisSettings(min_score=6.0, keep=2))

@@ -115,7 +115,7 @@ def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -
         kept = merged[alike]
         inputs = list(dict.fromkeys([*kept.inputs, *hypothesis.inputs]))
         longer = len(hypothesis.payload) > len(kept.payload) and hypothesis.score >= _NEARLY * kept.score
-        merged[alike] = replace(hypothesis if longer else kept, inputs=inputs)
+        merged[alike] = replace(hypothesis if longer else kept, inputs=inputs, score=kept.score)
     merged.sort(key=lambda h: -h.score)
     scores = [m.score for m in merged]
     strong = [replace(m, rivals=scores[i + 1 : i + 4]) for i, m in enumerate(merged) if m.score >= settings.min_score]
