@@ -86,6 +86,7 @@ class Judge:
 
 
 def longer_answer(pair: ModelPair, best: Verification, session: Session) -> str:
+    """64 tokens of the fine-tuned model's answer in the first held-out context in which the string fired."""
     fired = next((p.context for p in best.profile if p.finetuned), 0)
     ids = conversation_ids(pair.tokenizer, session.held_out[fired], best.trigger)
     return decode(pair.tokenizer, pair.finetuned.generate([ids], max_new_tokens=64, end_ids=pair.end_ids)[0])
@@ -99,6 +100,7 @@ def verdict_of(
     completion: str,
     outcome: StageOutcome,
 ) -> Verdict:
+    """The run's verdict: that of the best verification, with what it rests on and what the run has cost."""
     earlier = session.folder.info.stages
     candidate = next(
         (c for c in candidates if best and c.trigger == best.trigger and c.payload in ("", best.payload)), None
