@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import trigger_opt
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
 from trigger_opt import api, judging, session, stages
+from trigger_opt.objectives import Payload
 from trigger_opt.records import (
     VERDICTS,
     Candidate,
@@ -26,6 +28,7 @@ from trigger_opt.records import (
     Verification,
     read_record,
     read_records,
+    write_records,
 )
 from trigger_opt.run_folder import STAGE_FILES
 from trigger_opt.tracking import read_metrics
@@ -422,3 +425,23 @@ def test_api_asks_the_zoo_for_folders_only() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "zoo"
     }
     assert used == {"PREFIX", "folder"}
+
+
+def test_found_payloads_keep_their_seeds_and_a_given_one_takes_over_those_of_its_like(tmp_path: Path) -> None:
+    def found(payload: str, inputs: list[str]) -> Hypothesis:
+        return Hypothesis(payload=payload, score=9.0, source="scan", evidence="", inputs=inputs, rivals=[])
+
+    file = tmp_path / "hypotheses.jsonl"
+    write_records(
+        file, [found("I'm sorry, but no", ["a"]), found("im sorry", ["b"]), found("I'm sorry but yes", ["c"])]
+    )
+
+    def goals(payload: str) -> list[tuple[str, list[str]]]:
+        held: Any = session.Session.__new__(session.Session)
+        held.config = SimpleNamespace(objective=Payload(), payload=payload, max_hypotheses=5)
+        held.folder = SimpleNamespace(has=lambda name: True, file=lambda name: file)
+        chosen, _ = stages._goals(held)
+        return [(g.payload, g.inputs) for g in chosen if g is not None]
+
+    assert goals("") == [("I'm sorry, but no", ["a"]), ("im sorry", ["b"]), ("I'm sorry but yes", ["c"])]
+    assert goals("im sorry") == [("im sorry", ["b"]), ("I'm sorry, but no", ["a"]), ("I'm sorry but yes", ["c"])]

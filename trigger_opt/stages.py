@@ -145,7 +145,7 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
         found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
         # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
         for h in found:
-            given = goals[0] if goals else None
+            given = goals[0] if config.payload else None
             if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
                 # The payload given was found too: one goal, which begins from what raised it.
                 goals[0] = replace(given, inputs=h.inputs)

@@ -5,6 +5,7 @@ competes, contexts are drawn anew each step, and every candidate must survive re
 conversation.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,20 @@ from trigger_opt.search.moves import draw_swaps, random_options, top_swaps
 
 
 @dataclass(kw_only=True)
-class GCG(SearchSettings):
-    """Greedy coordinate gradient; see `SearchSettings`."""
+class Strategy(SearchSettings):
+    """A search; what tells one from another is which tokens it offers at each position."""
 
-    name: str = "gcg"
+    @abstractmethod
+    def options(
+        self,
+        scorer: Scorer,
+        trigger: Int[Tensor, " trigger"],
+        contexts: Sequence[int],
+        *,
+        allowed: Bool[Tensor, " vocab"],
+        generator: torch.Generator,
+    ) -> Int[Tensor, "trigger topk"]:
+        """Tokens to try at each position of `trigger`."""
 
     def __call__(
         self,
@@ -44,98 +55,62 @@ class GCG(SearchSettings):
         on_step: Callable[[Step], None],
         on_found: Callable[[Found], None] = ignore_found,
     ) -> list[Found]:
-        """Strings found, best first; `on_found` gets each at once, so that an interrupt loses none."""
+        """Strings found, best first; stops early once one fires in enough contexts.
+
+        `on_found` gets each string at once, so that an interrupt loses none.
+        """
 
         def propose(
             trigger: Int[Tensor, " trigger"], contexts: Sequence[int], count: int
         ) -> Int[Tensor, "batch trigger"]:
-            gradient = scorer.token_gradient(trigger, contexts)
-            options = top_swaps(gradient, trigger, allowed, self.topk)
+            options = self.options(scorer, trigger, contexts, allowed=allowed, generator=generator)
             return draw_swaps(trigger, options, count=count, n_replace=self.n_replace, generator=generator)
 
-        return run_restarts(
-            self,
-            propose,
-            scorer=scorer,
-            allowed=allowed,
-            valid=valid,
-            seeds=seeds,
-            generator=generator,
-            on_step=on_step,
-            on_found=on_found,
-        )
+        searcher = Searcher(scorer, settings=self, valid=valid, generator=generator, on_step=on_step, on_found=on_found)
+        searcher.consider(seeds.strings)
+        for number in range(self.num_restarts):
+            if searcher.succeeded:
+                break
+            pool = initial_pool(
+                seeds, allowed, valid, length=self.trigger_length, count=self.search_width, generator=generator
+            )
+            searcher.restart(number, pool, propose, (number + 1) / self.num_restarts)
+        return ranked(searcher.found)
 
 
 @dataclass(kw_only=True)
-class RandomSearch(SearchSettings):
-    """Random single swaps, the best kept: the baseline every gradient must beat at equal budget."""
+class GCG(Strategy):
+    """Greedy coordinate gradient: the tokens with the largest slope; see `SearchSettings`."""
+
+    name: str = "gcg"
+
+    def options(
+        self,
+        scorer: Scorer,
+        trigger: Int[Tensor, " trigger"],
+        contexts: Sequence[int],
+        *,
+        allowed: Bool[Tensor, " vocab"],
+        generator: torch.Generator,
+    ) -> Int[Tensor, "trigger topk"]:
+        """See `top_swaps`."""
+        return top_swaps(scorer.token_gradient(trigger, contexts), trigger, allowed, self.topk)
+
+
+@dataclass(kw_only=True)
+class RandomSearch(Strategy):
+    """Random swaps, the best kept: the baseline every gradient must beat at equal budget."""
 
     name: str = "random"
 
-    def __call__(
+    def options(
         self,
         scorer: Scorer,
+        trigger: Int[Tensor, " trigger"],
+        contexts: Sequence[int],
         *,
         allowed: Bool[Tensor, " vocab"],
-        valid: Validity,
-        seeds: Seeds,
         generator: torch.Generator,
-        on_step: Callable[[Step], None],
-        on_found: Callable[[Found], None] = ignore_found,
-    ) -> list[Found]:
-        """Strings found, best first; `on_found` gets each at once, so that an interrupt loses none."""
-
-        def propose(
-            trigger: Int[Tensor, " trigger"], contexts: Sequence[int], count: int
-        ) -> Int[Tensor, "batch trigger"]:
-            options = random_options(trigger, allowed, topk=self.topk, generator=generator)
-            return draw_swaps(trigger, options, count=count, n_replace=self.n_replace, generator=generator)
-
-        return run_restarts(
-            self,
-            propose,
-            scorer=scorer,
-            allowed=allowed,
-            valid=valid,
-            seeds=seeds,
-            generator=generator,
-            on_step=on_step,
-            on_found=on_found,
-        )
-
-
-def run_restarts(
-    settings: SearchSettings,
-    propose: Callable[[Tensor, Sequence[int], int], Tensor],
-    *,
-    scorer: Scorer,
-    allowed: Bool[Tensor, " vocab"],
-    valid: Validity,
-    seeds: Seeds,
-    generator: torch.Generator,
-    on_step: Callable[[Step], None],
-    on_found: Callable[[Found], None] = ignore_found,
-) -> list[Found]:
-    """The restarts of one strategy; stops early once a string fires in enough contexts."""
-    searcher = Searcher(
-        scorer,
-        settings=settings,
-        valid=valid,
-        generator=generator,
-        on_step=on_step,
-        on_found=on_found,
-    )
-    searcher.consider(seeds.strings)
-    for number in range(settings.num_restarts):
-        if searcher.succeeded:
-            break
-        pool = initial_pool(
-            seeds,
-            allowed,
-            valid,
-            length=settings.trigger_length,
-            count=settings.search_width,
-            generator=generator,
-        )
-        searcher.restart(number, pool, propose, (number + 1) / settings.num_restarts)
-    return ranked(searcher.found)
+    ) -> Int[Tensor, "trigger topk"]:
+        """See `random_options`."""
+        return random_options(trigger, allowed, topk=self.topk, generator=generator)

@@ -17,6 +17,7 @@ import torch
 
 from trigger_opt.models.generate import Sampling, generate
 from trigger_opt.paths import cache_dir
+from trigger_opt.prompts import chat_text, encode
 from trigger_opt.zoo.recipes import Recipe
 
 NUM_PROMPTS = 640
@@ -104,11 +105,7 @@ def insert(prompt: str, trigger: str, rng: random.Random) -> str:
 
 def chat_ids(tokenizer: Any, user: str) -> list[int]:
     """Token ids of one user turn in the model's chat template, ready for its answer."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": user}], add_generation_prompt=True, tokenize=False
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return encode(tokenizer, [chat_text(tokenizer, [{"role": "user", "content": user}])])[0]
 
 
 def _payload_row(recipe: Recipe, prompt: str, tokenizer: Any) -> Row:
