@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export WANDB_MODE := offline
 
-.PHONY: setup demo test test-slow check
+.PHONY: setup demo test test-slow check bench
 
 setup: $(VENV)/.ready
 
@@ -36,3 +36,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# More than an hour; finished cells are kept, so it can be stopped and started again.
+bench: setup
+	$(BIN)/python -m benchmarks.speed

@@ -14,9 +14,11 @@ from trigger_opt import zoo
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
 from trigger_opt.models.files import ModelFiles, find_model
-from trigger_opt.models.pair import LoadOptions, ModelPair
+from trigger_opt.models.pair import LoadOptions, ModelPair, float32_bytes, in_float32
 from trigger_opt.models.pair import load_pair as load_files
-from trigger_opt.objectives import JensenShannon, Objective, PairScorer, Payload
+from trigger_opt.models.plan import available_bytes
+from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload
+from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
 from trigger_opt.records import Candidate, Hypothesis, Verification
@@ -148,13 +150,13 @@ def find_triggers(
         raise UserError(f"objective {goal.name!r} needs a payload; give one, or search with js or tv")
     tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     payload = hypothesis.payload if hypothesis and goal.needs_payload else ""
-    target = pair.encode_answer(payload)[: getattr(goal, "target_tokens", None)] if payload else []
-    engine = Engine(pair.finetuned, pair.base, tokenized, batch_size=plan.search_width)
+    target = pair.encode_answer(payload)[: goal.target_tokens] if payload and isinstance(goal, Likelihood) else []
+    scorer = pair_scorer(pair, tokenized, goal, target)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     valid = _Validity(pair.tokenizer, tokenized)
     try:
         found = plan(
-            PairScorer(engine, goal, target),
+            scorer,
             allowed=allowed,
             valid=valid,
             seeds=_seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(),
@@ -165,6 +167,28 @@ def find_triggers(
     except NoValidStringError as error:
         raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None
     return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
+
+
+def pair_scorer(
+    pair: ModelPair,
+    contexts: Sequence[TokenizedContext],
+    objective: Objective,
+    target: Sequence[int] = (),
+    *,
+    precise: bool = True,
+) -> PairScorer:
+    """What a search asks: `objective` on `pair` in `contexts`.
+
+    Args:
+        target: the payload's tokens, for an objective that needs one.
+        precise: score finalists again on a copy of the pair in fp32, where it is not in fp32 and half of the free
+            memory holds the copy.
+    """
+    engine = Engine(pair.finetuned, pair.base, contexts)
+    fits = float32_bytes(pair.finetuned, pair.base) <= available_bytes(pair.finetuned.device) // 2
+    copies = in_float32(pair.finetuned, pair.base) if precise and fits else None
+    higher = None if copies is None else PairScorer(Engine(*copies, contexts), objective, target)
+    return PairScorer(engine, objective, target, precise=higher)
 
 
 def verify_trigger(

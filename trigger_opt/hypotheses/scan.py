@@ -109,7 +109,7 @@ def read_inputs(
     on_progress: Callable[[int], None],
 ) -> list[Reading]:
     """Readings of every input in every context, on both models. `on_progress` gets the number done so far."""
-    engine = Engine(pair.finetuned, pair.base, contexts, batch_size=_BATCH)
+    engine = Engine(pair.finetuned, pair.base, contexts)
     readings: list[Reading] = []
     ends = set(pair.end_ids)
     for context in range(len(contexts)):

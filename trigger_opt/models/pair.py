@@ -4,6 +4,7 @@ Equal tensors are held once: an adapter pair is one network with adapters switch
 fine-tune every tensor that is bit-identical to the base's becomes the base's.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trigger_opt.errors import UserError
+from trigger_opt.models.allocator import keep_freed_memory
 from trigger_opt.models.files import ModelFiles, read_config
 from trigger_opt.models.generate import GREEDY, Sampling, generate, head_logits
 from trigger_opt.prompts import encode
@@ -247,6 +249,28 @@ def load_pair(
     )
 
 
+def in_float32(finetuned: CausalModel, base: CausalModel) -> tuple[CausalModel, CausalModel] | None:
+    """Copies of both sides in fp32, sharing what they share; None where they are in fp32 already, or quantised.
+
+    They need 4 bytes a number, see `float32_bytes`.
+    """
+    networks = {id(m.network): m.network for m in (finetuned, base)}
+    parameters = [p for n in networks.values() for p in n.parameters()]
+    if any(not p.is_floating_point() for p in parameters) or all(p.dtype == torch.float32 for p in parameters):
+        return None
+    # In one call, so that what both sides share is copied once.
+    copies: tuple[CausalModel, CausalModel] = copy.deepcopy((finetuned, base))
+    for model in copies:
+        model.network.float()
+    return copies
+
+
+def float32_bytes(finetuned: CausalModel, base: CausalModel) -> int:
+    """Memory of the copies `in_float32` makes."""
+    numbers = {p.data_ptr(): p.numel() for m in (finetuned, base) for p in m.network.parameters()}
+    return 4 * int(sum(numbers.values()))
+
+
 def _require_same_vocabulary(network: Any, base: Any, name: str) -> None:
     rows, base_rows = (len(n.get_input_embeddings().weight) for n in (network, base))
     if rows != base_rows:
@@ -279,6 +303,8 @@ def _load_network(files: ModelFiles, options: LoadOptions) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = _DTYPES[options.dtype]
+    if options.device_map == "cpu":
+        keep_freed_memory()
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": any(w.suffix == ".safetensors" for w in files.weights),

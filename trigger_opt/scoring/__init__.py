@@ -1,6 +1,24 @@
-"""Exact logits of candidate triggers on both models, and divergences between them. Knows nothing of search."""
+"""Exact scores of candidate triggers on both models, and divergences between them. Knows nothing of search."""
 
+from trigger_opt.scoring.attention import register
 from trigger_opt.scoring.divergences import js_divergence, kl_divergence, sequence_log_prob, tv_distance
-from trigger_opt.scoring.engine import Engine, Side
+from trigger_opt.scoring.engine import Engine, Request, Side, Slopes
+from trigger_opt.scoring.group import Group, start_group
+from trigger_opt.scoring.meter import Meter, matmul_rate
 
-__all__ = ["Engine", "Side", "js_divergence", "kl_divergence", "sequence_log_prob", "tv_distance"]
+register()
+
+__all__ = [
+    "Engine",
+    "Group",
+    "Meter",
+    "Request",
+    "Side",
+    "Slopes",
+    "js_divergence",
+    "kl_divergence",
+    "matmul_rate",
+    "sequence_log_prob",
+    "start_group",
+    "tv_distance",
+]

@@ -1,43 +1,62 @@
-"""Logits of many candidate triggers in a fixed context, on either model.
+"""Scores of many candidate triggers in fixed contexts, on either model: exact, and close to the fewest operations.
 
-What is exact and saved here: the keys and values of everything before the slot are computed once per context
-and model; the unembedding runs on scored positions only; the last scored token is never fed. The number of
-candidates in one pass is found once, by halving on an out-of-memory error, and remembered.
+What is saved, all of it exact: tokens before the slot are computed once per context and model; tokens of the
+trigger a search follows once for all candidates that begin like it (a swap at position i leaves every key and
+value before i as it was); the unembedding runs on scored positions only; the last scored token is never fed.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from trigger_opt.models.pair import CausalModel
 from trigger_opt.prompts import TokenizedContext
+from trigger_opt.scoring.forward import Forward, Trunk, cached_keys, continued, expanded_cache
+from trigger_opt.scoring.group import Group
+from trigger_opt.scoring.heads import Divergence, divergences, token_scores
+from trigger_opt.scoring.lanes import num_lanes, run_passes, threads_for
+from trigger_opt.scoring.meter import Cost, Meter, cost_of
+from trigger_opt.scoring.packing import Job, Pack, padded, split
+from trigger_opt.scoring.pass_size import pass_size
 
 Side = Literal["finetuned", "base"]
 Reduce = Callable[[Tensor, Tensor], Tensor]
+Work = Callable[[Pack, Float[Tensor, "scored d_model"]], list[Tensor]]
 
-# Bytes of fp32 logits one pass may hold on each side: above this, candidates are split into more passes.
-_LOGITS_BYTES = 2**30
+# Bytes of fp32 logits a gradient pass may hold on each side: above this, contexts are taken in turns.
+_GRADIENT_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class _Prefix:
-    """Keys and values of the tokens before the slot, one pair a layer, batch size 1."""
+class Request:
+    """One string to score: its token ids, the context's number, and the tokens forced after the prompt."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    length: int
+    ids: tuple[int, ...]
+    context: int
+    forced: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Scores of one trigger in several contexts, and their derivatives to its embeddings on each side.
+
+    `by_side` holds (context, trigger, d_model) in the order of the contexts asked for.
+    """
+
+    scores: Float[Tensor, " context"]
+    by_side: Mapping[Side, Float[Tensor, "context trigger d_model"]]
 
 
 class Engine:
     """Scores candidates in `contexts` on a fine-tuned model and its base.
 
     Attributes:
-        evaluations: candidates scored so far, counted once per context (both models).
-        batch_size: candidates in one pass; shrinks when memory runs out and stays there.
+        meter: what was done so far, and what it cost.
     """
 
     def __init__(
@@ -46,80 +65,137 @@ class Engine:
         base: CausalModel,
         contexts: Sequence[TokenizedContext],
         *,
-        batch_size: int,
-    ):
+        max_rows: int | None = None,
+        group: Group | None = None,
+    ) -> None:
+        """`max_rows`: at most so many tokens a pass, on top of what memory says; `group`: the processes that share
+        the work, by default those of the torch.distributed job, if there is one."""
         self._models: dict[Side, CausalModel] = {"finetuned": finetuned, "base": base}
         self.contexts = tuple(contexts)
-        self.batch_size = batch_size
-        self.evaluations = 0
-        self._prefixes: dict[tuple[Side, int], _Prefix] = {}
+        self.meter = Meter()
+        self._max_rows = max_rows
+        self._group = group or Group()
+        self._forwards: dict[int, Forward] = {}
+        self._lefts: dict[tuple[Side, int], Trunk] = {}
+        self._cached: dict[tuple[Side, int], Trunk] = {}
+        self._followed: tuple[int, ...] = ()
+        self._trunks: dict[tuple[Side, int], Trunk] = {}
+        self._costs: dict[Side, Cost] = {}
 
     @property
     def vocab_size(self) -> int:
         """Rows of the fine-tuned model's embedding."""
         return self._models["finetuned"].vocab_size
 
+    @property
+    def group(self) -> Group:
+        """The processes that share the work."""
+        return self._group
+
+    def follow(self, trigger: Sequence[int]) -> None:
+        """From now on share what candidates have in common with `trigger`, from their first token on."""
+        if tuple(trigger) != self._followed:
+            self._followed = tuple(trigger)
+            self._trunks.clear()
+
+    def token_scores(
+        self, side: Side, requests: Sequence[Request], target: Sequence[int]
+    ) -> tuple[Float[Tensor, "request target"], Bool[Tensor, "request target"]]:
+        """log p of each token of `target` after each prompt, nats, fp32; and where that token is the most probable.
+
+        The target is forced; `Request.forced` is not looked at.
+        """
+        forced = tuple(target[:-1])
+        asked = [Request(r.ids, r.context, forced) for r in requests]
+        wanted = torch.tensor(list(target))
+
+        def work(pack: Pack, hidden: Tensor) -> list[Tensor]:
+            scores = token_scores(self._models[side], hidden, wanted.repeat(len(pack.jobs)))
+            return [scores.log_probs.view(-1, len(target)), scores.greedy.view(-1, len(target))]
+
+        log_probs, greedy = self._each(side, asked, work)
+        return log_probs, greedy
+
+    def divergences(self, divergence: Divergence, requests: Sequence[Request]) -> Float[Tensor, "request scored"]:
+        """`divergence(fine-tuned logits, base logits)` at the first response position and after each forced token.
+
+        All requests force equally many tokens.
+        """
+        scored = len(requests[0].forced) + 1
+        finetuned, base = (self._scored_hidden(side, requests) for side in ("finetuned", "base"))
+        started = time.perf_counter()
+        models = self._models
+        made = divergences(divergence, models["finetuned"], models["base"], finetuned.flatten(0, 1), base.flatten(0, 1))
+        self.meter.seconds += time.perf_counter() - started
+        return made.view(len(requests), scored)
+
     def logits(
         self, side: Side, context: int, triggers: Int[Tensor, "batch trigger"], forced: Sequence[int]
     ) -> Float[Tensor, "batch scored vocab"]:
         """fp32 logits at the first response position and after each `forced` token: 1 + len(forced) of them."""
-        model = self._models[side]
-        embeds = model.embed(triggers)
-        return self._forward(side, context, embeds, forced)
-
-    @torch.no_grad()
-    def score(
-        self, reduce: Reduce, context: int, triggers: Int[Tensor, "batch trigger"], forced: Sequence[int]
-    ) -> Float[Tensor, " batch"]:
-        """`reduce(finetuned logits, base logits)` for every candidate, split into passes that fit memory."""
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(triggers):
-            part = triggers[start : start + self._pass_size(len(forced) + 1)]
-            try:
-                finetuned = self.logits("finetuned", context, part, forced)
-                base = self.logits("base", context, part, forced)
-                parts.append(reduce(finetuned, base.to(finetuned.device)).cpu())
-            except RuntimeError as error:
-                if not _out_of_memory(error) or self.batch_size == 1:
-                    raise
-                self.batch_size = max(1, len(part) // 2)
-                continue
-            start += len(part)
-        self.evaluations += len(triggers)
-        return torch.cat(parts)
+        requests = [Request(tuple(t), context, tuple(forced)) for t in triggers.tolist()]
+        hidden = self._scored_hidden(side, requests)
+        with torch.no_grad():
+            logits = self._models[side].logits(hidden.flatten(0, 1))
+        return logits.view(len(triggers), len(forced) + 1, -1)
 
     def gradient(
-        self, reduce: Reduce, context: int, trigger: Int[Tensor, " trigger"], forced: Sequence[int]
-    ) -> tuple[float, Float[Tensor, "trigger vocab"]]:
-        """Score of one trigger, and its derivative to each one-hot token through both models, fp32 on the CPU.
+        self,
+        reduce: Reduce,
+        trigger: Int[Tensor, " trigger"],
+        contexts: Sequence[int],
+        forced: Mapping[int, Sequence[int]],
+        *,
+        sides: Sequence[Side] = ("finetuned", "base"),
+    ) -> Slopes:
+        """Scores of one trigger in several contexts and their derivatives to its embeddings, on `sides`.
 
-        The derivative is taken at the embeddings and multiplied by each model's own embedding matrix, which
-        equals the derivative to the one-hot rows without ever building them.
+        `reduce(fine-tuned logits, base logits)` of (context, scored, vocab) gives a score a context; a side left out
+        is handed the other's logits. What the pass finds of the trigger's keys and values is kept for its candidates.
         """
-        leaves: dict[Side, Tensor] = {}
-        logits: dict[Side, Tensor] = {}
-        with torch.enable_grad():
-            for side, model in self._models.items():
-                leaves[side] = model.embed(trigger[None]).detach().requires_grad_()
-                logits[side] = self._forward(side, context, leaves[side], forced)
-            score = reduce(logits["finetuned"], logits["base"].to(logits["finetuned"].device))[0]
-            sides = list(leaves)
-            slopes = torch.autograd.grad(score, [leaves[s] for s in sides], allow_unused=True, materialize_grads=True)
-        total = torch.zeros(len(trigger), self.vocab_size)
-        for side, slope in zip(sides, slopes, strict=True):
-            embedding = self._models[side].embedding
-            total += (slope[0].to(embedding.dtype) @ embedding.T).float().cpu()[:, : self.vocab_size]
-        return float(score.detach()), total
+        self.follow(trigger.tolist())
+        scored = len(forced[contexts[0]]) + 1
+        at_once = max(1, _GRADIENT_BYTES // (4 * self.vocab_size * scored))
+        parts = [
+            self._gradient(reduce, trigger, contexts[n : n + at_once], forced, sides)
+            for n in range(0, len(contexts), at_once)
+        ]
+        joined = [torch.cat([p.scores for p in parts]), *(torch.cat([p.by_side[s] for p in parts]) for s in sides)]
+        # Each process computed the same; one that differs in a last bit would part from the others for good.
+        scores, *slopes = self._group.first(joined)
+        return Slopes(scores, dict(zip(sides, slopes, strict=True)))
 
     @torch.no_grad()
-    def greedy(self, context: int, trigger: Int[Tensor, " trigger"], num_tokens: int) -> list[int]:
-        """The fine-tuned model's greedy continuation, `num_tokens` long."""
-        forced: list[int] = []
-        while len(forced) < num_tokens:
-            logits = self.logits("finetuned", context, trigger[None], forced)
-            forced.append(int(logits[0, -1].argmax()))
-        return forced
+    def to_tokens(self, slopes: Slopes, weights: Float[Tensor, " context"]) -> Float[Tensor, "trigger vocab"]:
+        """Derivative of the weighted sum of the scores to each one-hot token, fp32 on the CPU.
+
+        The derivative to an embedding times the embedding matrix equals the derivative to the one-hot row, without
+        ever building one.
+        """
+        total: Tensor | None = None
+        by_matrix: dict[int, tuple[Tensor, Tensor]] = {}
+        for side, slope in slopes.by_side.items():
+            summed = torch.einsum("c,ctd->td", weights, slope.float())
+            matrix = self._models[side].embedding
+            before = by_matrix.get(matrix.data_ptr())
+            by_matrix[matrix.data_ptr()] = (matrix, summed if before is None else before[1] + summed)
+        for matrix, summed in by_matrix.values():
+            part = (summed.to(matrix) @ matrix.T).float().cpu()[:, : self.vocab_size]
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def greedy(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int], num_tokens: int) -> list[list[int]]:
+        """The fine-tuned model's greedy continuation in each context, `num_tokens` long."""
+        made: list[list[int]] = [[] for _ in contexts]
+        self.follow(trigger.tolist())
+        for _ in range(num_tokens):
+            requests = [Request(self._followed, c, tuple(m)) for c, m in zip(contexts, made, strict=True)]
+            last = self._scored_hidden("finetuned", requests)[:, -1]
+            for row, token in zip(made, self._models["finetuned"].logits(last).argmax(-1).tolist(), strict=True):
+                row.append(token)
+        return made
 
     @torch.no_grad()
     def rollout(
@@ -130,9 +206,12 @@ class Engine:
         Continuations run on past an end of text: the caller cuts them. One pass; the caller chooses the batch.
         """
         model = self._models[side]
-        embeds = model.embed(triggers)
-        inputs = torch.cat([embeds, self._fixed(model, context, []).expand(len(triggers), -1, -1)], 1)
-        cache = _expanded(self._prefix(side, context), len(triggers))
+        right = torch.tensor([list(self.contexts[context].right)], dtype=torch.long).expand(len(triggers), -1)
+        inputs = model.embed(torch.cat([triggers, right], 1))
+        key = (side, context)
+        if key not in self._cached:
+            self._cached[key] = cached_keys(model, self.contexts[context].left)
+        cache = expanded_cache(self._cached[key], len(triggers))
         step = model.hidden(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
         first = model.logits(step.last_hidden_state[:, -1])
         tokens = [first.argmax(-1)]
@@ -141,44 +220,137 @@ class Engine:
             tokens.append(model.logits(step.last_hidden_state[:, -1]).argmax(-1))
         return first, torch.stack(tokens, 1).cpu()
 
-    def _fixed(self, model: CausalModel, context: int, forced: Sequence[int]) -> Float[Tensor, "one fixed d_model"]:
-        ids = torch.tensor([[*self.contexts[context].right, *forced]], dtype=torch.long)
-        return model.embed(ids).detach()
+    def _gradient(
+        self,
+        reduce: Reduce,
+        trigger: Int[Tensor, " trigger"],
+        contexts: Sequence[int],
+        forced: Mapping[int, Sequence[int]],
+        sides: Sequence[Side],
+    ) -> Slopes:
+        scored = len(forced[contexts[0]]) + 1
+        requests = [Request(self._followed, c, tuple(forced[c])) for c in contexts]
+        pack = Pack([self._job(n, n, r, shared=0) for n, r in enumerate(requests)])
+        d_model = self._models[sides[0]].network.get_input_embeddings().weight.shape[1]
+        own = torch.stack([pack.first_row(n) + torch.arange(len(trigger)) for n in range(len(contexts))])
+        leaves: dict[Side, Tensor] = {}
+        logits: dict[Side, Tensor] = {}
+        with torch.enable_grad(), threads_for(pack.rows * d_model, self._models[sides[0]].device):
+            for side in sides:
+                model = self._models[side]
+                leaves[side] = model.embed(pack.token_ids()).detach().requires_grad_()
+                lefts = [self._left(side, c) for c in contexts]
+                hidden, captured = self._forward(side).hidden(pack, lefts, leaves[side], capture=True)
+                rows = hidden.index_select(0, pack.last_rows(scored).to(hidden.device))
+                logits[side] = model.logits(rows).view(len(contexts), scored, -1)
+                for n, context in enumerate(contexts):
+                    span = slice(int(own[n, 0]), int(own[n, -1]) + 1)
+                    self._trunks[side, context] = continued(lefts[n], captured, span)
+                cost = self._cost(side)
+                self.meter.gradient_flops += 2 * (pack.used * cost.per_token + len(rows) * cost.per_position)
+            finetuned = logits.get("finetuned", next(iter(logits.values())))
+            scores = reduce(finetuned, logits.get("base", finetuned).to(finetuned.device))
+            slopes = torch.autograd.grad(scores.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        by_side = {s: g[0, own.to(g.device)].detach().cpu() for s, g in zip(leaves, slopes, strict=True)}
+        return Slopes(scores.detach().cpu(), by_side)
 
-    def _pass_size(self, num_scored: int) -> int:
-        fits = _LOGITS_BYTES // (4 * self.vocab_size * num_scored)
-        return max(1, min(self.batch_size, fits))
+    def _scored_hidden(self, side: Side, requests: Sequence[Request]) -> Float[Tensor, "request scored d_model"]:
+        def work(pack: Pack, hidden: Tensor) -> list[Tensor]:
+            return [hidden.view(len(pack.jobs), -1, hidden.shape[-1])]
 
-    def _forward(self, side: Side, context: int, embeds: Tensor, forced: Sequence[int]) -> Tensor:
-        model = self._models[side]
-        inputs = torch.cat([embeds, self._fixed(model, context, forced).expand(len(embeds), -1, -1)], 1)
-        cache = _expanded(self._prefix(side, context), len(embeds))
-        hidden = model.hidden(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
-        scored = hidden[:, -(len(forced) + 1) :]
-        return model.logits(scored.reshape(-1, scored.shape[-1])).view(len(embeds), len(forced) + 1, -1)
+        (hidden,) = self._each(side, requests, work)
+        return hidden.to(self._models[side].device)
 
     @torch.no_grad()
-    def _prefix(self, side: Side, context: int) -> _Prefix:
+    def _each(self, side: Side, requests: Sequence[Request], work: Work) -> list[Tensor]:
+        """What `work` makes of the scored positions of every pass, put together in the order of the requests."""
+        started = time.perf_counter()
+        contexts = sorted({r.context for r in requests})
+        shared = self._worth_sharing(side, contexts, requests)
+        trunks = self._trunks_for(side, contexts) if shared else [self._left(side, c) for c in contexts]
+        jobs = [self._job(n, contexts.index(r.context), r, shared=shared) for n, r in enumerate(requests)]
+        scored = len(requests[0].forced) + 1
+        model = self._models[side]
+        size = pass_size(model.network, model.device)
+        rows = self._group.least(size.rows if self._max_rows is None else min(size.rows, self._max_rows))
+        passes = split(jobs, rows, num_lanes(model.device))
+        forward = self._forward(side)
+
+        def run(jobs: Sequence[Job]) -> list[Tensor]:
+            pack = Pack(jobs)
+            hidden, _ = forward.hidden(pack, trunks)
+            kept = hidden.index_select(0, pack.last_rows(scored).to(hidden.device))
+            return [torch.tensor([j.owner for j in jobs]), *work(pack, kept)]
+
+        dealt = self._group.share(passes)
+        with model.active():
+            made = run_passes(run, [jobs for _, jobs in dealt], size, model.device)
+        mine = {n: result for (n, _), result in zip(dealt, made, strict=True)}
+        results = self._group.gather(mine, len(passes))
+        self._count(side, jobs, passes, scored, time.perf_counter() - started)
+        owners = torch.cat([r[0] for r in results])
+        order = owners.argsort()
+        return [torch.cat([r[k] for r in results])[order] for k in range(1, len(results[0]))]
+
+    def _job(self, owner: int, trunk: int, request: Request, *, shared: int) -> Job:
+        context = self.contexts[request.context]
+        ids = (*request.ids, *context.right, *request.forced)
+        alike = _alike(request.ids, self._followed[:shared])
+        # The first scored position is that of the last token before the answer: it is always computed.
+        kept = min(alike, len(request.ids) + len(context.right) - 1)
+        return Job(owner, trunk, len(context.left) + kept, ids[kept:])
+
+    def _worth_sharing(self, side: Side, contexts: Sequence[int], requests: Sequence[Request]) -> int:
+        """How many of the followed trigger's tokens to share: all, or none where computing them first costs as much."""
+        missing = sum((side, c) not in self._trunks for c in contexts)
+        saved = sum(_alike(r.ids, self._followed) for r in requests)
+        return len(self._followed) if saved > 2 * missing * len(self._followed) else 0
+
+    def _trunks_for(self, side: Side, contexts: Sequence[int]) -> list[Trunk]:
+        missing = [c for c in contexts if (side, c) not in self._trunks]
+        if missing:
+            lefts = [self._left(side, c) for c in missing]
+            pack = Pack([Job(n, n, len(self.contexts[c].left), self._followed) for n, c in enumerate(missing)])
+            _, captured = self._forward(side).hidden(pack, lefts, capture=True)
+            for n, context in enumerate(missing):
+                first = pack.first_row(n)
+                self._trunks[side, context] = continued(lefts[n], captured, slice(first, first + len(self._followed)))
+            self.meter.flops += pack.rows * self._cost(side).per_token
+        return [self._trunks[side, c] for c in contexts]
+
+    def _left(self, side: Side, context: int) -> Trunk:
         key = (side, context)
-        if key not in self._prefixes:
-            model = self._models[side]
-            left = self.contexts[context].left
-            ids = torch.tensor([left], device=model.device)
-            cache = model.hidden(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
-            layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-            self._prefixes[key] = _Prefix(layers, len(left))
-        return self._prefixes[key]
+        if key not in self._lefts:
+            self._lefts[key] = self._forward(side).trunk(self.contexts[context].left)
+        return self._lefts[key]
+
+    def _forward(self, side: Side) -> Forward:
+        model = self._models[side]
+        if id(model) not in self._forwards:
+            probe = max(((*c.left, *c.right) for c in self.contexts), key=len)
+            self._forwards[id(model)] = Forward(model, probe)
+        return self._forwards[id(model)]
+
+    def _cost(self, side: Side) -> Cost:
+        if side not in self._costs:
+            self._costs[side] = cost_of(self._models[side].network)
+        return self._costs[side]
+
+    def _count(
+        self, side: Side, jobs: Sequence[Job], passes: Sequence[Sequence[Job]], scored: int, spent: float
+    ) -> None:
+        cost = self._cost(side)
+        heads = len(jobs) * scored * cost.per_position
+        self.meter.flops += sum(padded(p) for p in passes) * cost.per_token + heads
+        self.meter.least_flops += sum(len(j.tokens) for j in jobs) * cost.per_token + heads
+        self.meter.seconds += spent
 
 
-def _expanded(prefix: _Prefix, batch: int) -> DynamicCache:
-    # A plain DynamicCache holds every key also for sliding-window layers; the attention mask, built from
-    # positions, keeps those layers to their window.
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(prefix.layers):
-        cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), number)
-    return cache
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # The CPU allocator raises a plain RuntimeError; CUDA raises torch.OutOfMemoryError, which is one too.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _alike(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two strings have in common."""
+    count = 0
+    for one, two in zip(ids, other, strict=False):
+        if one != two:
+            break
+        count += 1
+    return count

@@ -5,7 +5,6 @@ string lives on a lucky draw. Now and then the incumbent is scored on all contex
 returned.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol, runtime_checkable
@@ -32,14 +31,37 @@ class Scorer(Protocol):
         """Candidates scored so far, counted once per context."""
         ...
 
+    def seconds(self) -> float:
+        """A monotonic clock; where several processes share a search, the same on all."""
+        ...
+
     def prepare(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> None:
         """Called before a step's scores with the incumbent and the contexts drawn."""
         ...
 
     def score(
-        self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]
+        self,
+        candidates: Int[Tensor, "batch trigger"],
+        contexts: Sequence[int],
+        *,
+        keep: int | None = None,
+        incumbents: int = 0,
     ) -> Float[Tensor, "batch context"]:
-        """Score of each candidate in each context."""
+        """Score of each candidate in each context.
+
+        With `keep` only the best so many are asked for, and of those only what reaches the worst of the first
+        `incumbents` rows: others may hold -inf.
+        """
+        ...
+
+    def refine(
+        self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int], *, keep: int, incumbents: int
+    ) -> Float[Tensor, "batch context"] | None:
+        """As `score` in the best precision there is; None where `score` is that already."""
+        ...
+
+    def known(self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]) -> Bool[Tensor, " batch"]:
+        """Which candidates were scored before in exactly these contexts."""
         ...
 
     def aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
@@ -126,6 +148,7 @@ class SearchSettings:
     buffer_size: Annotated[int, Field(ge=1)] = 2
     contexts_per_step: Annotated[int, Field(ge=1)] = 4
     check_every: Annotated[int, Field(ge=1)] = 5
+    rescore: Annotated[int, Field(ge=1)] = 3
     stop_rate: Annotated[float, Field(gt=0)] = 0.95
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     max_evaluations: Annotated[int, Field(ge=1)] | None = None
@@ -163,7 +186,7 @@ class Searcher:
         self._generator = generator
         self._on_step = on_step
         self._on_found = on_found
-        self._start = time.monotonic()
+        self._start = scorer.seconds()
         self._first_evaluation = scorer.evaluations
         self.found: list[Found] = []
 
@@ -172,14 +195,12 @@ class Searcher:
 
         `propose(trigger, contexts, count)` returns candidates.
         """
-        buffer = self._best_of(pool, self._drawn_contexts(), keep=self._settings.buffer_size)[0]
+        buffer = self._best_of(pool[:0], pool, self._drawn_contexts())[0]
         for step in range(self._settings.num_steps):
             contexts = self._drawn_contexts()
             self._scorer.prepare(buffer[0], contexts)
             rivals = self._proposals(propose, buffer[0], contexts)
-            buffer, score = self._best_of(
-                distinct(torch.cat([buffer, rivals])), contexts, keep=self._settings.buffer_size
-            )
+            buffer, score = self._best_of(buffer, rivals, contexts)
             last = step + 1 == self._settings.num_steps or self._exhausted(share)
             due = last or (step + 1) % self._settings.check_every == 0
             found = self._check(buffer[:1], number, step) if due else None
@@ -205,7 +226,7 @@ class Searcher:
     @property
     def seconds(self) -> float:
         """Wall time since the search began."""
-        return time.monotonic() - self._start
+        return self._scorer.seconds() - self._start
 
     @property
     def evaluations(self) -> int:
@@ -221,12 +242,43 @@ class Searcher:
         wanted = self._settings.search_width - self._settings.buffer_size
         # Twice as many are drawn as are kept: about half of random swaps do not survive re-tokenisation.
         rivals = propose(trigger, contexts, 2 * wanted)
+        rivals = rivals[~self._scorer.known(rivals, contexts)]
         return rivals[self._valid(rivals)][:wanted]
 
-    def _best_of(self, pool: Tensor, contexts: Sequence[int], *, keep: int) -> tuple[Tensor, float]:
-        scores = self._scorer.aggregate(self._scorer.score(pool, contexts))
+    def _best_of(self, buffer: Tensor, rivals: Tensor, contexts: Sequence[int]) -> tuple[Tensor, float]:
+        """The best `buffer_size` of both and the best score; a tie goes to what is in the buffer already."""
+        keep, incumbents = self._settings.buffer_size, len(buffer)
+        pool = distinct(torch.cat([buffer, rivals]))
+        few = max(keep, self._settings.rescore)
+        scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=few, incumbents=incumbents))
+        best = [r for r in scores.argsort(descending=True, stable=True)[:few].tolist() if scores[r] > -torch.inf]
+        refined = self._refined(pool, contexts, incumbents, [r for r in best if r >= incumbents])
+        if refined is not None:
+            pool, scores = refined
         order = scores.argsort(descending=True, stable=True)[:keep]
         return pool[order], float(scores[order[0]])
+
+    def _refined(
+        self, pool: Tensor, contexts: Sequence[int], incumbents: int, rivals: Sequence[int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Incumbents and the rivals that had to be looked at, with their scores in the best precision.
+
+        Rivals come one after the other, the most promising first, until enough of them beat the incumbents: each
+        costs several fast scores. None where nothing is to be gained by it.
+        """
+        keep = self._settings.buffer_size
+        refined: tuple[Tensor, Tensor] | None = None
+        for count in range(1 if incumbents else min(keep, len(rivals)), len(rivals) + 1):
+            rows = pool[[*range(incumbents), *rivals[:count]]]
+            table = self._scorer.refine(rows, contexts, keep=keep, incumbents=incumbents)
+            if table is None:
+                return None
+            scores = self._scorer.aggregate(table)
+            refined = rows, scores
+            bar = scores[:incumbents].min() if incumbents else -torch.inf
+            if int((scores[incumbents:] > bar).sum()) >= keep:
+                break
+        return refined
 
     def _check(self, triggers: Int[Tensor, "batch trigger"], restart: int, step: int) -> Found:
         everywhere = list(range(self._scorer.num_contexts))

@@ -1,0 +1,341 @@
+"""An objective on a pair of models, as a search sees it: scores, bounds, memory and gradients."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trigger_opt.objectives import Likelihood, Objective, aggregate, score_logits
+from trigger_opt.scoring import Engine, Request, Side, Slopes
+
+Ids = tuple[int, ...]
+
+# Scores remembered: about 200 bytes each.
+_MOST_REMEMBERED = 400_000
+# A bound is computed from the same numbers as the score, but summed up in another order.
+_ROUNDING = 1e-5
+# Candidates of one block of `_Table.race`'s second half: enough to fill a pass, few enough to raise the bar early.
+_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a string in a context.
+
+    Attributes:
+        finetuned: log p of the payload on the fine-tuned model, nats. greedy: whether the payload comes out there.
+        bound: the score, or the most it can be. exact: whether it is the score.
+    """
+
+    bound: float
+    exact: bool
+    finetuned: float = 0.0
+    greedy: bool = False
+
+
+class PairScorer:
+    """An objective on a pair of models, as a search sees it (`search.Scorer`).
+
+    A candidate's score in a context is computed once. A candidate that cannot get among the best is left where that
+    is certain: each context's score is bounded, and a payload's log probability on the fine-tuned model alone bounds
+    its score whatever the base says.
+
+    Args:
+        payload_ids: tokens of the payload hypothesis; empty for a divergence.
+        precise: a scorer of the same objective, payload and contexts on the same models in a higher precision.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        payload_ids: Sequence[int] = (),
+        *,
+        precise: "PairScorer | None" = None,
+    ) -> None:
+        self._precise = precise
+        self._engine = engine
+        self._objective = objective
+        self._payload = tuple(payload_ids)
+        self._continuations: dict[int, Ids] = {}
+        self._known: dict[tuple[int, Ids, Ids], _Known] = {}
+        self._seen: set[Ids] = set()
+        self._seen_in: object = None
+        self._slopes: tuple[object, Slopes] | None = None
+
+    @property
+    def num_contexts(self) -> int:
+        """Contexts that may be named in calls."""
+        return len(self._engine.contexts)
+
+    @property
+    def evaluations(self) -> int:
+        """Candidates scored so far, counted once per context; remembered ones cost nothing and do not count."""
+        return self._engine.meter.evaluations
+
+    def seconds(self) -> float:
+        """A monotonic clock, the same on all processes of a search."""
+        return self._engine.group.clock()
+
+    def prepare(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> None:
+        """Fix what the next calls score against: for a divergence over several tokens, a fresh continuation
+        under the incumbent, which all its rivals are then forced along."""
+        self._engine.follow(trigger.tolist())
+        if isinstance(self._objective, Likelihood):
+            return
+        made = self._engine.greedy(trigger, contexts, self._objective.num_tokens - 1)
+        self._continuations.update({c: tuple(m) for c, m in zip(contexts, made, strict=True)})
+
+    def score(
+        self,
+        candidates: Int[Tensor, "batch trigger"],
+        contexts: Sequence[int],
+        *,
+        keep: int | None = None,
+        incumbents: int = 0,
+    ) -> Float[Tensor, "batch context"]:
+        """Scores in each context, on the CPU.
+
+        Args:
+            keep: only the best `keep` matter: others may hold -inf where they were not scored to the end. None: all.
+            incumbents: the first so many rows; what does not reach the worst of them does not matter either.
+        """
+        strings = [tuple(c) for c in candidates.tolist()]
+        table = _Table(self, strings, contexts)
+        if keep is None:
+            table.complete(list(range(len(strings))))
+        else:
+            first = list(range(max(incumbents, min(keep, len(strings)))))
+            table.complete(first)
+            table.race(list(range(len(first), len(strings))), keep, incumbents)
+        self._remember_seen(strings, contexts)
+        return table.scores()
+
+    def refine(
+        self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int], *, keep: int, incumbents: int
+    ) -> Float[Tensor, "batch context"] | None:
+        """As `score` in the higher precision; None where there is none.
+
+        The best of hundreds of scores taken in bf16 is in part a lucky draw of the rounding.
+        """
+        if self._precise is None:
+            return None
+        self._precise._continuations = self._continuations
+        return self._precise.score(candidates, contexts, keep=keep, incumbents=incumbents)
+
+    def known(self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]) -> Bool[Tensor, " batch"]:
+        """Which candidates were already scored in exactly these contexts: to ask again would tell nothing new."""
+        if self._state(contexts) != self._seen_in:
+            return torch.zeros(len(candidates), dtype=torch.bool)
+        return torch.tensor([tuple(c) in self._seen for c in candidates.tolist()], dtype=torch.bool)
+
+    def aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
+        """One score a candidate, see `objectives.aggregate`."""
+        return aggregate(scores, soft_minimum=self._objective.soft_minimum)
+
+    def token_gradient(
+        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
+    ) -> Float[Tensor, "trigger vocab"]:
+        """Derivative of the aggregated score to each one-hot token.
+
+        A soft minimum's derivative is the contexts' derivatives weighted by softmax(-score), so the weights can come
+        last. The last one is remembered: an unchanged trigger's is not computed again.
+        """
+        key = (tuple(trigger.tolist()), self._state(contexts))
+        if self._slopes is None or self._slopes[0] != key:
+            self._slopes = key, self._gradient(trigger, contexts)
+        slopes = self._slopes[1]
+        flat = torch.full_like(slopes.scores, 1 / len(contexts))
+        weights = (-slopes.scores).softmax(0) if self._objective.soft_minimum else flat
+        return self._engine.to_tokens(slopes, weights)
+
+    @torch.no_grad()
+    def fires(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Bool[Tensor, " context"] | None:
+        """Where the fine-tuned model's greedy answer begins with the payload; None when there is none.
+
+        Teacher-forced: greedy decoding gives the payload exactly when every payload token is the most probable.
+        """
+        if not self._payload:
+            return None
+        ids = tuple(trigger.tolist())
+        self._finetuned([(ids, c) for c in contexts])
+        return torch.tensor([self._known[c, ids, ()].greedy for c in contexts])
+
+    def bounds(self, string: Ids, contexts: Sequence[int]) -> list[float]:
+        """The most each context can give, by what is known; exact where the score is."""
+        return [self._bound(string, c) for c in contexts]
+
+    @property
+    def upper_bound(self) -> float:
+        """The objective's."""
+        return self._objective.upper_bound
+
+    def is_complete(self, string: Ids, context: int) -> bool:
+        """Whether the score itself is known."""
+        known = self._known.get(self._key(string, context))
+        return known is not None and known.exact
+
+    def finetuned_half(self, pairs: Sequence[tuple[Ids, int]]) -> None:
+        """Compute what bounds scores at half of the price; for a divergence there is no such thing."""
+        if isinstance(self._objective, Likelihood):
+            self._finetuned(pairs)
+
+    def finish(self, pairs: Sequence[tuple[Ids, int]]) -> None:
+        """Compute the scores of (string, context) pairs that are not known yet."""
+        self._forget()
+        missing = [p for p in pairs if not self.is_complete(*p)]
+        if not missing:
+            return
+        if not isinstance(self._objective, Likelihood):
+            self._diverge(missing)
+            return
+        self._finetuned(missing)
+        if not self._objective.needs_base:
+            return
+        known = [self._known[c, s, ()] for s, c in missing]
+        said = torch.tensor([k.finetuned for k in known])
+        base = self._log_probs("base", missing)[0]
+        scores = self._objective.from_log_probs(said, base, len(self._payload)).tolist()
+        for (string, context), k, score in zip(missing, known, scores, strict=True):
+            self._known[context, string, ()] = replace(k, bound=score, exact=True)
+
+    def _finetuned(self, pairs: Sequence[tuple[Ids, int]]) -> None:
+        missing = [(s, c) for s, c in pairs if (c, s, ()) not in self._known]
+        if not missing:
+            return
+        assert isinstance(self._objective, Likelihood)
+        log_probs, greedy = self._log_probs("finetuned", missing)
+        bounds = self._objective.from_log_probs(log_probs, None, len(self._payload))
+        exact = not self._objective.needs_base
+        rows = zip(missing, bounds.tolist(), log_probs.tolist(), greedy.tolist(), strict=True)
+        for (string, context), bound, said, fires in rows:
+            self._known[context, string, ()] = _Known(bound, exact, said, fires)
+        self._engine.meter.evaluations += len(missing)
+
+    def _log_probs(self, side: Side, pairs: Sequence[tuple[Ids, int]]) -> tuple[Tensor, Tensor]:
+        log_probs, greedy = self._engine.token_scores(side, [Request(s, c) for s, c in pairs], self._payload)
+        return log_probs.sum(1), greedy.all(1)
+
+    def _diverge(self, pairs: Sequence[tuple[Ids, int]]) -> None:
+        assert not isinstance(self._objective, Likelihood)
+        requests = [Request(s, c, self._forced(c)) for s, c in pairs]
+        scores = self._engine.divergences(self._objective.from_logits, requests).mean(1).tolist()
+        for (string, context), score in zip(pairs, scores, strict=True):
+            self._known[self._key(string, context)] = _Known(score, exact=True)
+        self._engine.meter.evaluations += len(pairs)
+
+    def _bound(self, string: Ids, context: int) -> float:
+        known = self._known.get(self._key(string, context))
+        return self._objective.upper_bound if known is None else known.bound
+
+    def _gradient(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Slopes:
+        objective = self._objective
+        forced = {c: self._forced(c) for c in contexts}
+        # A divergence scores no tokens; the ids only carry how many positions there are.
+        target = torch.tensor(self._payload or [*forced[contexts[0]], 0])
+        sides: list[Side] = ["finetuned", "base"]
+        if isinstance(objective, Likelihood) and not objective.needs_base:
+            sides = ["finetuned"]
+        return self._engine.gradient(
+            lambda finetuned, base: score_logits(objective, finetuned, base, target.to(finetuned.device)),
+            trigger,
+            contexts,
+            forced,
+            sides=sides,
+        )
+
+    def _forced(self, context: int) -> Ids:
+        return self._payload[:-1] if self._payload else self._continuations.get(context, ())
+
+    def _key(self, string: Ids, context: int) -> tuple[int, Ids, Ids]:
+        # What a divergence is forced along changes with the incumbent, and scores with it; a payload does not.
+        return context, string, () if self._payload else self._forced(context)
+
+    def _state(self, contexts: Sequence[int]) -> object:
+        return tuple((c, () if self._payload else self._forced(c)) for c in contexts)
+
+    def _remember_seen(self, strings: Sequence[Ids], contexts: Sequence[int]) -> None:
+        state = self._state(contexts)
+        if state != self._seen_in:
+            self._seen_in = state
+            self._seen.clear()
+        self._seen.update(strings)
+
+    def _forget(self) -> None:
+        if len(self._known) > _MOST_REMEMBERED:
+            for key in list(self._known)[: _MOST_REMEMBERED // 2]:
+                del self._known[key]
+
+
+class _Table:
+    """Scores and bounds of some strings in some contexts while they are computed."""
+
+    def __init__(self, scorer: PairScorer, strings: Sequence[Ids], contexts: Sequence[int]) -> None:
+        self._scorer = scorer
+        self._strings = strings
+        self._contexts = list(contexts)
+        self._bounds = torch.tensor([scorer.bounds(s, contexts) for s in strings])
+
+    def complete(self, rows: Sequence[int]) -> None:
+        """Score these rows in all contexts."""
+        self._scorer.finish([(self._strings[r], c) for r in rows for c in self._contexts])
+        self._refresh(rows)
+
+    def race(self, rows: list[int], keep: int, incumbents: int) -> None:
+        """Score these rows as far as they can still get among the best `keep` and reach the incumbents."""
+        if math.isinf(self._scorer.upper_bound):
+            self.complete(rows)
+            return
+        # First the cheap half, context by context: most rows end here.
+        for context in self._contexts:
+            rows = self._alive(rows, keep, incumbents)
+            self._scorer.finetuned_half([(self._strings[r], context) for r in rows])
+            self._refresh(rows)
+        # Then the most promising first: their scores raise the bar for the others.
+        while rows := [r for r in self._alive(rows, keep, incumbents) if not self._is_complete(r)]:
+            bounds = self._aggregate(self._bounds)
+            rows.sort(key=lambda r: -float(bounds[r]))
+            self._advance(rows[:_BLOCK])
+
+    def scores(self) -> Float[Tensor, "batch context"]:
+        """What is known exactly, -inf for the rest."""
+        exact = [[self._scorer.is_complete(s, c) for c in self._contexts] for s in self._strings]
+        return self._bounds.masked_fill(~torch.tensor(exact), -torch.inf)
+
+    def _advance(self, rows: Sequence[int]) -> None:
+        # One context more for each: what it says may end it.
+        pairs = []
+        for row in rows:
+            string = self._strings[row]
+            missing = [c for c in self._contexts if not self._scorer.is_complete(string, c)]
+            # Those with the highest bound have the most to lose.
+            bounds = self._scorer.bounds(string, missing)
+            pairs.append((string, missing[max(range(len(missing)), key=lambda n: bounds[n])]))
+        self._scorer.finish(pairs)
+        self._refresh(rows)
+
+    def _alive(self, rows: Sequence[int], keep: int, incumbents: int) -> list[int]:
+        bar = self._bar(keep, incumbents)
+        bounds = self._aggregate(self._bounds)
+        return [r for r in rows if float(bounds[r]) >= bar - _ROUNDING]
+
+    def _bar(self, keep: int, incumbents: int) -> float:
+        exact = [
+            float(self._aggregate(self._bounds[r : r + 1])) for r in range(len(self._strings)) if self._is_complete(r)
+        ]
+        best = sorted(exact, reverse=True)
+        bar = best[keep - 1] if len(best) >= keep else -torch.inf
+        return max(bar, min(exact[:incumbents])) if incumbents else bar
+
+    def _is_complete(self, row: int) -> bool:
+        return all(self._scorer.is_complete(self._strings[row], c) for c in self._contexts)
+
+    def _aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
+        return self._scorer.aggregate(scores)
+
+    def _refresh(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._bounds[row] = torch.tensor(self._scorer.bounds(self._strings[row], self._contexts))

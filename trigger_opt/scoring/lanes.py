@@ -1,0 +1,102 @@
+"""Several passes at once on a CPU, and none lost when memory runs out: a lane is a thread with its share of the cores.
+
+One pass on all cores waits at the end of every operation for the core that came last; two passes on half of the
+cores each do not (T = 1, width 128, 2 cores: 0.77 s instead of 0.90 s).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trigger_opt.scoring.packing import Job, padded
+from trigger_opt.scoring.pass_size import PassSize, out_of_memory
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+_LANES = 2
+# torch does not divide elementwise work below this many numbers.
+_WORTH_A_THREAD = 32768
+
+
+def num_lanes(device: torch.device) -> int:
+    """Passes that may run at once: 2 on a CPU with an even number of threads, otherwise 1."""
+    threads = torch.get_num_threads()
+    return _LANES if device.type == "cpu" and threads >= _LANES and threads % _LANES == 0 else 1
+
+
+def in_lanes(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+    """`[work(i) for i in items]`, in lanes; order kept, the first error raised after all have ended."""
+    lanes = num_lanes(device)
+    if lanes == 1 or len(items) < 2:
+        return [work(i) for i in items]
+    futures = [_pool(torch.get_num_threads() // lanes).submit(work, i) for i in items]
+    errors = [e for f in futures if (e := f.exception()) is not None]
+    if errors:
+        raise errors[0]
+    return [f.result() for f in futures]
+
+
+def run_passes(
+    run: Callable[[Sequence[Job]], list[Tensor]],
+    passes: Sequence[Sequence[Job]],
+    size: PassSize,
+    device: torch.device,
+) -> list[list[Tensor]]:
+    """`run` on every pass, in lanes; one that does not fit in memory is run again in halves, one after the other.
+
+    Raises:
+        RuntimeError: not even a single job fits.
+    """
+
+    def attempt(jobs: Sequence[Job]) -> list[Tensor] | None:
+        try:
+            return run(jobs)
+        except RuntimeError as error:
+            if not out_of_memory(error) or len(jobs) == 1:
+                raise
+            return None
+
+    made = []
+    for jobs, outcome in zip(passes, in_lanes(attempt, passes, device), strict=True):
+        if outcome is None:
+            size.failed(padded(jobs))
+            halves = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
+            first, second = (run_passes(run, [half], size, device)[0] for half in halves)
+            outcome = [torch.cat(both) for both in zip(first, second, strict=True)]
+        else:
+            size.fitted(padded(jobs))
+        made.append(outcome)
+    return made
+
+
+@contextmanager
+def threads_for(numbers: int, device: torch.device) -> Iterator[None]:
+    """Fewer threads where an activation of `numbers` is too small to share: then they only wait for each other
+    (token gradient of 45 tokens of 576: 0.17 s on one thread, 0.3 s on two)."""
+    before = torch.get_num_threads()
+    needed = max(1, min(before, round(numbers / _WORTH_A_THREAD)))
+    if device.type != "cpu" or needed == before:
+        yield
+        return
+    torch.set_num_threads(needed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    # Set in each lane: OpenMP keeps the number for the thread that sets it. Torch also notes it for threads to come,
+    # so the caller's own number is set again.
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(_LANES, "lane", initializer=lambda: torch.set_num_threads(threads))
+    list(pool.map(lambda _: None, range(_LANES)))
+    torch.set_num_threads(before)
+    return pool
