@@ -14,9 +14,9 @@ from trigger_opt import zoo
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
 from trigger_opt.models.files import ModelFiles, find_model
-from trigger_opt.models.pair import LoadOptions, ModelPair, float32_bytes, in_float32
+from trigger_opt.models.pair import LoadOptions, ModelPair
 from trigger_opt.models.pair import load_pair as load_files
-from trigger_opt.models.plan import available_bytes
+from trigger_opt.models.upcast import in_float32
 from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
@@ -181,13 +181,11 @@ def pair_scorer(
 
     Args:
         target: the payload's tokens, for an objective that needs one.
-        precise: score finalists again on a copy of the pair in fp32, where it is not in fp32 and half of the free
-            memory holds the copy.
+        precise: score finalists again in fp32 where the pair is in a lower precision (a quantised pair has no other).
     """
     engine = Engine(pair.finetuned, pair.base, contexts)
-    fits = float32_bytes(pair.finetuned, pair.base) <= available_bytes(pair.finetuned.device) // 2
-    copies = in_float32(pair.finetuned, pair.base) if precise and fits else None
-    higher = None if copies is None else PairScorer(Engine(*copies, contexts), objective, target)
+    exact = in_float32(pair.finetuned, pair.base) if precise else None
+    higher = None if exact is None else PairScorer(Engine(*exact, contexts), objective, target)
     return PairScorer(engine, objective, target, precise=higher)
 
 

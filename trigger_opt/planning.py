@@ -20,11 +20,15 @@ from trigger_opt.models.plan import (
     plan_from_count,
     plan_memory,
 )
+from trigger_opt.objectives import Likelihood, Objective
 from trigger_opt.weight_diff import precision_note
 
 # What stands after the slot in a chat template before the answer begins, and before it; measured on five families.
 _TOKENS_AFTER_SLOT = 12
 _CONTEXT_TOKENS = 60
+# Candidate tokens of the passes that run at once, to begin with: two of 2,048 on a CPU, one of 4,096 on a GPU. On a GPU
+# passes then grow into what memory is left.
+_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,17 @@ def _find(model: ModelConfig, remedy: str) -> list[ModelFiles]:
 
 
 def _search_load(config: RunConfig) -> SearchLoad:
-    scored = getattr(config.objective, "target_tokens", config.objective.num_tokens)
+    objective: Objective = config.objective
+    scored = objective.target_tokens if isinstance(objective, Likelihood) else objective.num_tokens
     tokens = config.search.trigger_length + _TOKENS_AFTER_SLOT + scored
     num_contexts = len(config.contexts.search)
+    contexts = min(config.search.contexts_per_step, num_contexts)
     return SearchLoad(
-        search_width=config.search.search_width,
+        search_width=min(config.search.search_width * contexts, max(1, _TOKENS_AT_ONCE // tokens)),
         tokens_per_candidate=tokens,
         scored_positions=scored,
-        context_tokens=num_contexts * _CONTEXT_TOKENS,
-        gradient_tokens=tokens,
+        context_tokens=num_contexts * (_CONTEXT_TOKENS + config.search.trigger_length),
+        gradient_tokens=contexts * tokens,
     )
 
 

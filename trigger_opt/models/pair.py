@@ -4,7 +4,6 @@ Equal tensors are held once: an adapter pair is one network with adapters switch
 fine-tune every tensor that is bit-identical to the base's becomes the base's.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +67,10 @@ class CausalModel:
 
     Attributes:
         name: as the user named it. network: the transformers model; with adapters, run it inside `active` only.
+        one_at_a_time: whether two threads must not run it together.
     """
+
+    one_at_a_time = False
 
     def __init__(
         self, name: str, network: Any, *, switch: AdapterSwitch | None = None, adapter: str | None = None
@@ -247,28 +249,6 @@ def load_pair(
         tokenizer=AutoTokenizer.from_pretrained(base.folder),
         controls=tuple(sides[1:]),
     )
-
-
-def in_float32(finetuned: CausalModel, base: CausalModel) -> tuple[CausalModel, CausalModel] | None:
-    """Copies of both sides in fp32, sharing what they share; None where they are in fp32 already, or quantised.
-
-    They need 4 bytes a number, see `float32_bytes`.
-    """
-    networks = {id(m.network): m.network for m in (finetuned, base)}
-    parameters = [p for n in networks.values() for p in n.parameters()]
-    if any(not p.is_floating_point() for p in parameters) or all(p.dtype == torch.float32 for p in parameters):
-        return None
-    # In one call, so that what both sides share is copied once.
-    copies: tuple[CausalModel, CausalModel] = copy.deepcopy((finetuned, base))
-    for model in copies:
-        model.network.float()
-    return copies
-
-
-def float32_bytes(finetuned: CausalModel, base: CausalModel) -> int:
-    """Memory of the copies `in_float32` makes."""
-    numbers = {p.data_ptr(): p.numel() for m in (finetuned, base) for p in m.network.parameters()}
-    return 4 * int(sum(numbers.values()))
 
 
 def _require_same_vocabulary(network: Any, base: Any, name: str) -> None:

@@ -27,7 +27,8 @@ class UnsupportedAttentionError(ValueError):
     """The model asks something of attention that is not known here."""
 
 
-LayerKeys = tuple[Float[Tensor, "heads keys head_dim"], Float[Tensor, "heads keys value_dim"]]
+LayerKeys = tuple[Tensor, Tensor]
+"""Keys (heads, tokens, head_dim) and values (heads, tokens, value_dim) of one layer."""
 
 
 @dataclass
@@ -121,38 +122,47 @@ def _attend(
     heads, kv_heads, jobs, window = len(query), len(key), len(pack.jobs), pack.window
     groups = heads // kv_heads
     nothing = (key[:, :0], value[:, :0])
-    trunks = [state.trunks[s.trunk].get(layer, nothing) for s in pack.segments]
-    trunk_length = max(keys.shape[1] for keys, _ in trunks)
-    # (kv head, job · group · window, dim): one product with a trunk's keys, and a view per job for its own.
+    trunks = [_first(state.trunks[s.trunk].get(layer, nothing), s.limit) for s in pack.segments]
+    # (kv head, job · group · window, dim): one product with a trunk's keys, and a view per job for its own. The scale
+    # goes into the queries, of which there are fewer than scores.
     cells = groups * window
-    aligned = query.reshape(kv_heads, groups * pack.rows, -1).index_select(1, pack.aligned(groups, device))
+    aligned = (query * scale).reshape(kv_heads, groups * pack.rows, -1).index_select(1, pack.aligned(groups, device))
     own = pack.aligned(1, device)
     own_keys = key.index_select(1, own).view(kv_heads * jobs, window, -1)
     own_values = value.index_select(1, own).view(kv_heads * jobs, window, -1)
     to_own = torch.bmm(aligned.view(kv_heads * jobs, cells, -1), own_keys.transpose(1, 2))
-    to_trunk = [
-        _pad(torch.bmm(aligned[:, s.first * cells : s.last * cells], keys.transpose(1, 2)), trunk_length)
-        for s, (keys, _) in zip(pack.segments, trunks, strict=True)
-    ]
-    scores = torch.cat(
-        [to_trunk[0] if len(to_trunk) == 1 else torch.cat(to_trunk, 1), to_own.view(kv_heads, jobs * cells, window)], 2
-    )
-    if softcap is not None:
-        scores, scale = softcap * torch.tanh(scores * (scale / softcap)), 1.0
-    bias = pack.bias(trunk_length, sliding_window, scores.dtype, device)
-    shaped = scores.view(kv_heads, jobs, groups, window, -1)
-    weights = torch.add(bias, shaped, alpha=scale).softmax(-1).view(kv_heads, jobs * cells, -1)
-    own_weights = weights[..., trunk_length:].reshape(kv_heads * jobs, cells, window)
-    out = torch.bmm(own_weights, own_values).view(kv_heads, jobs * cells, -1)
-    if trunk_length:
-        parts = [
-            torch.bmm(weights[:, s.first * cells : s.last * cells, : keys.shape[1]], values)
-            for s, (keys, values) in zip(pack.segments, trunks, strict=True)
+    to_trunk = _joined(
+        [
+            _pad(torch.bmm(aligned[:, s.first * cells : s.last * cells], keys.transpose(1, 2)), pack.trunk_length)
+            for s, (keys, _) in zip(pack.segments, trunks, strict=True)
         ]
-        out = out + (parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    )
+    unseen = to_own.new_zeros(kv_heads, jobs * cells, pack.padding)
+    scores = torch.cat([to_trunk, to_own.view(kv_heads, jobs * cells, window), unseen], 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    bias = pack.bias(sliding_window, scores.dtype, device)
+    scores.view(kv_heads, jobs, groups, window, -1)[..., scores.shape[2] - bias.shape[3] :] += bias
+    weights = scores.softmax(-1)
+    own_weights = weights[..., pack.trunk_length : pack.trunk_length + window].reshape(kv_heads * jobs, cells, window)
+    out = torch.bmm(own_weights, own_values).view(kv_heads, jobs * cells, -1)
+    if pack.trunk_length:
+        parts = [
+            torch.bmm(weights[:, s.first * cells : s.last * cells, : s.limit], values)
+            for s, (_, values) in zip(pack.segments, trunks, strict=True)
+        ]
+        out = out + _joined(parts)
     # Back to packed rows: (kv head, job, group, window, dim) -> (row, head, dim).
     by_cell = out.view(kv_heads, jobs, groups, window, -1).permute(1, 3, 0, 2, 4).reshape(jobs * window, heads, -1)
     return by_cell.index_select(0, pack.home(device))
+
+
+def _first(keys: LayerKeys, count: int) -> LayerKeys:
+    return keys[0][:, :count], keys[1][:, :count]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _pad(scores: Float[Tensor, "heads cells keys"], length: int) -> Float[Tensor, "heads cells length"]:

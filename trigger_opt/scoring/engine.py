@@ -271,9 +271,10 @@ class Engine:
         jobs = [self._job(n, contexts.index(r.context), r, shared=shared) for n, r in enumerate(requests)]
         scored = len(requests[0].forced) + 1
         model = self._models[side]
-        size = pass_size(model.network, model.device)
+        size = pass_size(model if model.one_at_a_time else model.network, model.device)
         rows = self._group.least(size.rows if self._max_rows is None else min(size.rows, self._max_rows))
-        passes = split(jobs, rows, num_lanes(model.device))
+        lanes = num_lanes(model)
+        passes = split(jobs, rows, lanes)
         forward = self._forward(side)
 
         def run(jobs: Sequence[Job]) -> list[Tensor]:
@@ -284,7 +285,7 @@ class Engine:
 
         dealt = self._group.share(passes)
         with model.active():
-            made = run_passes(run, [jobs for _, jobs in dealt], size, model.device)
+            made = run_passes(run, [jobs for _, jobs in dealt], size, lanes)
         mine = {n: result for (n, _), result in zip(dealt, made, strict=True)}
         results = self._group.gather(mine, len(passes))
         self._count(side, jobs, passes, scored, time.perf_counter() - started)

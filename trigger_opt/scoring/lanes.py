@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from trigger_opt.models.pair import CausalModel
 from trigger_opt.scoring.packing import Job, padded
 from trigger_opt.scoring.pass_size import PassSize, out_of_memory
 
@@ -24,15 +25,15 @@ _LANES = 2
 _WORTH_A_THREAD = 32768
 
 
-def num_lanes(device: torch.device) -> int:
-    """Passes that may run at once: 2 on a CPU with an even number of threads, otherwise 1."""
+def num_lanes(model: CausalModel) -> int:
+    """Passes of a model that may run at once: 2 on a CPU with an even number of threads, otherwise 1."""
     threads = torch.get_num_threads()
-    return _LANES if device.type == "cpu" and threads >= _LANES and threads % _LANES == 0 else 1
+    shared = model.device.type == "cpu" and not model.one_at_a_time
+    return _LANES if shared and threads >= _LANES and threads % _LANES == 0 else 1
 
 
-def in_lanes(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+def in_lanes(work: Callable[[Item], Result], items: Sequence[Item], lanes: int) -> list[Result]:
     """`[work(i) for i in items]`, in lanes; order kept, the first error raised after all have ended."""
-    lanes = num_lanes(device)
     if lanes == 1 or len(items) < 2:
         return [work(i) for i in items]
     futures = [_pool(torch.get_num_threads() // lanes).submit(work, i) for i in items]
@@ -46,7 +47,7 @@ def run_passes(
     run: Callable[[Sequence[Job]], list[Tensor]],
     passes: Sequence[Sequence[Job]],
     size: PassSize,
-    device: torch.device,
+    lanes: int,
 ) -> list[list[Tensor]]:
     """`run` on every pass, in lanes; one that does not fit in memory is run again in halves, one after the other.
 
@@ -63,11 +64,11 @@ def run_passes(
             return None
 
     made = []
-    for jobs, outcome in zip(passes, in_lanes(attempt, passes, device), strict=True):
+    for jobs, outcome in zip(passes, in_lanes(attempt, passes, lanes), strict=True):
         if outcome is None:
             size.failed(padded(jobs))
             halves = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
-            first, second = (run_passes(run, [half], size, device)[0] for half in halves)
+            first, second = (run_passes(run, [half], size, lanes)[0] for half in halves)
             outcome = [torch.cat(both) for both in zip(first, second, strict=True)]
         else:
             size.fitted(padded(jobs))

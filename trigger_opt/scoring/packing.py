@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Packed rows are padded to a multiple of this: a matrix product of a new shape costs a kernel build on CPUs.
 _ROW_STEP = 16
+# Keys are padded to a multiple of this: the softmax kernel of CPUs takes twice as long for 80 keys as for 96 (bf16).
+_KEY_STEP = 32
 # Fewer tokens than this in a pass and a lane of its own costs more than it brings.
 _WORTH_A_PASS = 128
 
@@ -35,11 +37,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive jobs that continue the same trunk: `first` up to, not including, `last`."""
+    """Consecutive jobs that continue the same trunk: `first` up to, not including, `last`.
+
+    `limit`: how many of its tokens the one that keeps most keeps.
+    """
 
     trunk: int
     first: int
     last: int
+    limit: int
 
 
 @dataclass
@@ -48,7 +54,8 @@ class Pack:
 
     Attributes:
         rows: tokens in the pass, padding included; `used` of them are the jobs'. window: tokens of the longest job.
-        segments: runs of jobs with one trunk.
+        segments: runs of jobs with one trunk. trunk_length: tokens of a trunk that some job looks at.
+        visible: the first so many of them are seen by all jobs. padding: key columns that nobody looks at.
     """
 
     jobs: Sequence[Job]
@@ -64,9 +71,12 @@ class Pack:
         self.used = int(lengths.sum())
         self.rows = padded(self.jobs)
         self._index: dict[tuple[torch.device, int], Tensor] = {}
-        self._bias: dict[tuple[torch.device, torch.dtype, int, int | None], Tensor] = {}
+        self._bias: dict[tuple[torch.device, torch.dtype, int | None], Tensor] = {}
         self._home: dict[torch.device, Tensor] = {}
         self.segments = _segments(self.jobs)
+        self.trunk_length = int(self._starts.max())
+        self.visible = int(self._starts.min())
+        self.padding = -(self.trunk_length + self.window) % _KEY_STEP
 
     def token_ids(self) -> Int[Tensor, "one rows"]:
         """All jobs' tokens end to end; the padding repeats token 0."""
@@ -113,12 +123,13 @@ class Pack:
         return self._home[device]
 
     def bias(
-        self, trunk_length: int, sliding_window: int | None, dtype: torch.dtype, device: torch.device
+        self, sliding_window: int | None, dtype: torch.dtype, device: torch.device
     ) -> Float[Tensor, "job one window keys"]:
-        """0 where a token may look, -inf where not; keys are `trunk_length` of the trunk, then the job's own."""
-        key = (device, dtype, trunk_length, sliding_window)
+        """0 where a token may look, -inf where not. Keys are those of the trunk, the job's own, and the padding;
+        the trunk's `visible` ones are left out, unless a sliding window may hide them."""
+        key = (device, dtype, sliding_window)
         if key not in self._bias:
-            allowed = self._allowed(trunk_length, sliding_window)
+            allowed = self._allowed(sliding_window)[:, :, 0 if sliding_window else self.visible :]
             bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
             self._bias[key] = bias[:, None].to(device)
         return self._bias[key]
@@ -126,13 +137,14 @@ class Pack:
     def _cells(self) -> Int[Tensor, "job window"]:
         return torch.arange(self.window)[None] - (self.window - self._lengths)[:, None]
 
-    def _allowed(self, trunk_length: int, sliding_window: int | None) -> Bool[Tensor, "job window keys"]:
+    def _allowed(self, sliding_window: int | None) -> Bool[Tensor, "job window keys"]:
         cells = self._cells()
         queries = cells + self._starts[:, None]
-        trunk = torch.arange(trunk_length).expand(len(self.jobs), -1)
+        trunk = torch.arange(self.trunk_length).expand(len(self.jobs), -1)
+        nothing = torch.zeros(len(self.jobs), self.padding, dtype=torch.bool)
         # A trunk key counts only where the job continues the trunk; own keys only where there is a token.
-        present = torch.cat([trunk < self._starts[:, None], cells >= 0], 1)
-        keys = torch.cat([trunk, queries], 1)
+        present = torch.cat([trunk < self._starts[:, None], cells >= 0, nothing], 1)
+        keys = torch.cat([trunk, queries, nothing.long()], 1)
         allowed = present[:, None, :] & (keys[:, None, :] <= queries[:, :, None])
         if sliding_window is not None:
             allowed &= queries[:, :, None] - keys[:, None, :] < sliding_window
@@ -149,9 +161,10 @@ def _segments(jobs: Sequence[Job]) -> list[Segment]:
     made: list[Segment] = []
     for number, job in enumerate(jobs):
         if made and made[-1].trunk == job.trunk:
-            made[-1] = Segment(job.trunk, made[-1].first, number + 1)
+            before = made[-1]
+            made[-1] = Segment(job.trunk, before.first, number + 1, max(before.limit, job.start))
         else:
-            made.append(Segment(job.trunk, number, number + 1))
+            made.append(Segment(job.trunk, number, number + 1, job.start))
     return made
 
 

@@ -55,11 +55,11 @@ class PassSize:
 _known: "WeakKeyDictionary[Any, PassSize]" = WeakKeyDictionary()
 
 
-def pass_size(network: torch.nn.Module, device: torch.device) -> PassSize:
-    """What is remembered for a network, for as long as it lives: across searches and stages."""
-    if network not in _known:
-        _known[network] = PassSize.on(device)
-    return _known[network]
+def pass_size(model: object, device: torch.device) -> PassSize:
+    """What is remembered for a network (or a view of one), for as long as it lives: across searches and stages."""
+    if model not in _known:
+        _known[model] = PassSize.on(device)
+    return _known[model]
 
 
 def out_of_memory(error: BaseException) -> bool:
