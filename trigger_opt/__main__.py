@@ -23,6 +23,7 @@ from trigger_opt import pipeline
 from trigger_opt.config import composition_problem, register, register_resolvers, validated
 from trigger_opt.errors import UserError
 from trigger_opt.paths import data_dir
+from trigger_opt.scoring import start_group
 
 register_resolvers()
 register()
@@ -56,6 +57,10 @@ def _composed(cfg: DictConfig) -> None:
         config = validated(cfg)
         settings = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(settings, dict)
+        group = start_group()
+        if group.rank:
+            pipeline.assist(config, group)
+            return
         pipeline.run(
             config,
             run_dir=Path(HydraConfig.get().runtime.output_dir),

@@ -1,7 +1,7 @@
 """The package as a library: load a pair, find payloads, find triggers, verify one; the pipeline calls the same."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
 from trigger_opt.records import Candidate, Hypothesis, Verification
-from trigger_opt.scoring import Engine
+from trigger_opt.scoring import Engine, Meter
 from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Seeds, Step
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 from trigger_opt.verify import VerifySettings, verify_string
@@ -132,6 +132,7 @@ def find_triggers(
     seed: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
     on_found: Callable[[Candidate], None] = lambda candidate: None,
+    on_cost: Callable[[Meter, Meter], None] = lambda meter, rescoring: None,
 ) -> list[Candidate]:
     """Strings that raise the objective in `contexts`, best first.
 
@@ -139,6 +140,7 @@ def find_triggers(
         hypothesis: the payload to raise, and strings to begin from; without one a divergence is searched.
         objective: by default `Payload` with a hypothesis and `JensenShannon` without.
         on_found: gets each string as soon as it is scored in all contexts, so that an interrupt loses none.
+        on_cost: gets, at the end, what the search's scores cost, and its rescoring.
 
     Raises:
         UserError: the objective needs a payload and there is none, or it tokenises to nothing, or no string
@@ -166,7 +168,33 @@ def find_triggers(
         )
     except NoValidStringError as error:
         raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None
+    finally:
+        on_cost(scorer.meter, scorer.precise_meter)
     return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
+
+
+@dataclass(frozen=True)
+class SearchCall:
+    """What is asked of `find_triggers`, in a form that can be sent to other processes."""
+
+    hypothesis: Hypothesis | None
+    objective: Objective
+    strategy: Strategy
+    policy: TokenPolicy
+    seed: int
+
+    def run(self, pair: ModelPair, contexts: Sequence[Context], **listeners: Any) -> list[Candidate]:
+        """`find_triggers` with these arguments; `listeners` are its `on_…`."""
+        return find_triggers(
+            pair,
+            contexts,
+            hypothesis=self.hypothesis,
+            objective=self.objective,
+            strategy=self.strategy,
+            policy=self.policy,
+            seed=self.seed,
+            **listeners,
+        )
 
 
 def pair_scorer(

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trigger_opt.objectives import Likelihood, Objective, aggregate, score_logits
-from trigger_opt.scoring import Engine, Request, Side, Slopes
+from trigger_opt.scoring import Engine, Meter, Request, Side, Slopes
 
 Ids = tuple[int, ...]
 
@@ -75,6 +75,16 @@ class PairScorer:
     def evaluations(self) -> int:
         """Candidates scored so far, counted once per context; remembered ones cost nothing and do not count."""
         return self._engine.meter.evaluations
+
+    @property
+    def meter(self) -> Meter:
+        """What the fast scores cost."""
+        return self._engine.meter
+
+    @property
+    def precise_meter(self) -> Meter:
+        """What rescoring cost."""
+        return self._precise.meter if self._precise else Meter()
 
     def seconds(self) -> float:
         """A monotonic clock, the same on all processes of a search."""

@@ -3,15 +3,20 @@
 Every arrow is a file in the run folder, so any stage can be run alone, or again.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trigger_opt import __version__
+from trigger_opt import __version__, api
 from trigger_opt.config import RunConfig
+from trigger_opt.errors import UserError
+from trigger_opt.models.pair import ModelPair, load_pair
 from trigger_opt.planning import load_options, plan_run
 from trigger_opt.progress import say
+from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import RunInfo, write_record
 from trigger_opt.run_folder import hold_run_folder, machine, now, versions
+from trigger_opt.scoring import Group
 from trigger_opt.session import Session
 from trigger_opt.stages import STAGES, closing_lines, require_records
 from trigger_opt.tracking import open_tracker
@@ -66,6 +71,7 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
             for stage in config.stages:
                 STAGES[stage](session)
             exit_code = 0
+            Group().announce(None)
         except KeyboardInterrupt:
             exit_code = 130
             raise
@@ -75,3 +81,24 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
             say(f"to upload to W&B: {hint}")
         say(*closing_lines(folder))
         say(str(run_dir))
+
+
+def assist(config: RunConfig, group: Group) -> None:
+    """On every process of a torchrun job but the first: score candidates with it, search by search, until it is done.
+
+    The first alone keeps the run folder.
+    """
+    loaded: tuple[ModelPair, list[Context]] | None = None
+    while (call := group.listen()) is not None:
+        if loaded is None:
+            names = (config.model.finetuned, config.model.base)
+            files = [
+                api.model_files(n, allow_pickle=config.model.allow_pickle, allow_code=config.model.allow_code)
+                for n in names
+            ]
+            pair = load_pair(files[0], files[1], options=load_options(config))
+            search, _ = api.context_sets(config.contexts.search, config.contexts.held_out)
+            loaded = pair, searchable(pair.tokenizer, search)
+        # The first process says what went wrong; all of them see the same.
+        with suppress(UserError):
+            call.run(*loaded)

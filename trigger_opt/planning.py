@@ -1,5 +1,6 @@
 """Before anything is loaded: which files, how much memory, does it fit, is the device there."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,11 @@ def load_options(config: RunConfig) -> LoadOptions:
     """How the models are to be held."""
     model: ModelConfig = config.model
     device = _device(model.device)
-    several = model.device == "auto" and device == "cuda" and torch.cuda.device_count() > 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    several = model.device == "auto" and device == "cuda" and torch.cuda.device_count() > 1 and processes == 1
+    if device == "cuda" and processes > 1:
+        # Under torchrun each process of a machine has the GPU of its number.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return LoadOptions(
         dtype=model.dtype,
         quantization=model.quantization,

@@ -5,6 +5,7 @@ identity.json       PairIdentity: is this the right base?
 hypotheses.jsonl    Hypothesis, best first
 candidates.jsonl    Candidate, best first
 history.jsonl       SearchStep, one an optimisation step
+cost.json           SearchCost: arithmetic of the search, against what was needed and what the machine can do
 verified.jsonl      Verification, one a verified string
 completions.jsonl   Completion, every answer a verdict rests on
 verdict.json        Verdict, for programs
@@ -276,6 +277,38 @@ class StageRun:
     seconds: float
     evaluations: int
     summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchCost:
+    """Arithmetic of a search's candidate passes. Operations are those of the weight matrices, attention not counted.
+
+    Attributes:
+        evaluations: candidates scored, once per context.
+        flops: operations done. least_flops: the least that exact scores of the same candidates need, each from its
+            first changed token on and without its last target token.
+        gradient_flops, rescoring_flops: of token gradients and of fp32 rescoring, not in `flops`.
+        seconds: wall time in candidate passes.
+        matmul_rate: operations a second of a large matrix product on this machine, in the models' precision.
+    """
+
+    evaluations: int
+    flops: float
+    least_flops: float
+    gradient_flops: float
+    rescoring_flops: float
+    seconds: float
+    matmul_rate: float
+
+    @property
+    def share_of_machine(self) -> float:
+        """Rate of the candidate passes over the machine's."""
+        return self.flops / self.seconds / self.matmul_rate if self.seconds and self.matmul_rate else 0.0
+
+    @property
+    def share_needed(self) -> float:
+        """Operations that were needed over operations done."""
+        return self.least_flops / self.flops if self.flops else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 STAGE_FILES = {
     "diff": ("diff.jsonl",),
     "hypotheses": ("hypotheses.jsonl",),
-    "search": ("candidates.jsonl", "history.jsonl"),
+    "search": ("candidates.jsonl", "history.jsonl", "cost.json"),
     "verify": ("verified.jsonl", "completions.jsonl", "verdict.json"),
     "report": ("report.html", "report.md"),
 }

@@ -17,17 +17,26 @@ from trigger_opt.records import (
     StageRun,
 )
 from trigger_opt.run_folder import RunFolder, now, timed
+from trigger_opt.scoring import Meter
 from trigger_opt.tokens import allowed_ids
 from trigger_opt.tracking import Tracker
 
 
 @dataclass
 class StageOutcome:
-    """Filled in by a stage while it runs; `began` is a reading of the monotonic clock."""
+    """Filled in by a stage while it runs; `began` is a reading of the monotonic clock, `meter` and `rescoring` are
+    what scores and their repetition in fp32 cost."""
 
     evaluations: int = 0
     summary: str = ""
+    meter: Meter = field(default_factory=Meter)
+    rescoring: Meter = field(default_factory=Meter)
     began: float = field(default_factory=time.monotonic)
+
+    def spend(self, meter: Meter, rescoring: Meter) -> None:
+        """Count what one search cost."""
+        self.meter.add(meter)
+        self.rescoring.add(rescoring)
 
 
 @dataclass

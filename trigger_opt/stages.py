@@ -14,6 +14,7 @@ from trigger_opt.prompts import Context, decode
 from trigger_opt.records import (
     Candidate,
     Hypothesis,
+    SearchCost,
     SearchStep,
     Verdict,
     append_record,
@@ -22,8 +23,9 @@ from trigger_opt.records import (
     write_record,
     write_records,
 )
-from trigger_opt.report import write_report
+from trigger_opt.report import arithmetic, write_report
 from trigger_opt.run_folder import RunFolder
+from trigger_opt.scoring import Group, matmul_rate
 from trigger_opt.search import Step
 from trigger_opt.session import Session, StageOutcome
 from trigger_opt.verify import best_verification, payload_words
@@ -88,8 +90,11 @@ def search(session: Session) -> None:
             # Also after Ctrl-C: what was found so far is worth verifying.
             found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
             write_records(session.folder.file("candidates.jsonl"), to_verify(found, 200))
+            if outcome.meter.evaluations:
+                write_record(session.folder.file("cost.json"), _cost(session, outcome))
         rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
         session.tracker.table("candidates", ["trigger", "payload", "score", "selection_rate", "restart", "step"], rows)
+        say(f"arithmetic: {arithmetic(_cost(session, outcome))}")
         outcome.summary = f"{len(found)} strings, best {found[0].trigger!r}" if found else "no string found"
 
 
@@ -157,6 +162,19 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
     return goals[: config.max_hypotheses], objective
 
 
+def _cost(session: Session, outcome: StageOutcome) -> SearchCost:
+    embedding, meter = session.pair().finetuned.embedding, outcome.meter
+    return SearchCost(
+        evaluations=meter.evaluations,
+        flops=meter.flops,
+        least_flops=meter.least_flops,
+        gradient_flops=meter.gradient_flops,
+        rescoring_flops=outcome.rescoring.flops,
+        seconds=meter.seconds,
+        matmul_rate=matmul_rate(embedding.device, embedding.dtype),
+    )
+
+
 def _share(config: RunConfig, elapsed: float, outcome: StageOutcome, goals_left: int) -> api.Strategy:
     """The strategy with its equal share of what is left of the budget."""
     strategy: api.Strategy = replace(config.search)
@@ -197,17 +215,15 @@ def _search_one(
             caught[candidate.trigger] = candidate
             outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
 
+        call = api.SearchCall(goal, objective, strategy, session.config.tokens, session.config.seed)
+        Group().announce(call)
         try:
-            found += api.find_triggers(
+            found += call.run(
                 session.pair(),
                 session.search_contexts,
-                hypothesis=goal,
-                objective=objective,
-                strategy=strategy,
-                policy=session.config.tokens,
-                seed=session.config.seed,
                 on_step=on_step,
                 on_found=catch,
+                on_cost=outcome.spend,
             )
         except BaseException:
             # Ctrl-C, a full disk: `search` still writes what came up until then.

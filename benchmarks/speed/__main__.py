@@ -13,6 +13,7 @@ from benchmarks.speed.cost import AXES, run_cost
 from benchmarks.speed.machine import about
 from benchmarks.speed.memory import run_memory
 from benchmarks.speed.peers import interpreter
+from benchmarks.speed.rate import run_rate
 from benchmarks.speed.store import Store
 from benchmarks.speed.table import results_page
 from benchmarks.speed.tasks import load_tokenizer, parse_shape
@@ -26,6 +27,7 @@ KINDS: dict[str, Callable[[Bench], list[WorkerError]]] = {
     "memory": run_memory,
     "time-to-loss": run_time_to_loss,
     "cost": run_cost,
+    "rate": run_rate,
 }
 
 
@@ -53,19 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_table(results: Path) -> Path:
     """RESULTS.md beside the folder of results, from what lies there."""
-    cells, memory, time_to_loss, cost = (
-        Store(results, kind).records for kind in ("cells", "memory", "time_to_loss", "cost")
-    )
+    kinds = ("cells", "memory", "time_to_loss", "rate", "cost")
+    records = {kind: Store(results, kind).records for kind in kinds}
     charts = [
         f"{results.name}/{file.name}" for file in (results / f"cost_{axis}.svg" for axis in AXES) if file.is_file()
     ]
     page = results.parent / "RESULTS.md"
-    page.write_text(results_page(cells, memory, time_to_loss, cost, charts), encoding="utf-8")
+    page.write_text(results_page(charts=charts, **records), encoding="utf-8")
     return page
 
 
 def _bench(options: Options, what: str) -> Bench:
-    needed = ["nanogcg"] if what == "time-to-loss" else [] if what == "cost" else options.engines
+    needed = ["nanogcg"] if what == "time-to-loss" else [] if what in ("cost", "rate") else options.engines
     for engine in needed:
         # Made before anything is measured, or the last cell would find out that it cannot be.
         interpreter(engine, options.peers)

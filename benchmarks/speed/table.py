@@ -10,7 +10,13 @@ Records = Mapping[str, Record]
 
 
 def results_page(
-    cells: Records, memory: Records, time_to_loss: Records, cost: Records, charts: Sequence[str] = ()
+    *,
+    cells: Records,
+    memory: Records,
+    time_to_loss: Records,
+    rate: Records,
+    cost: Records,
+    charts: Sequence[str] = (),
 ) -> str:
     """The whole page; a section without records is left out.
 
@@ -18,10 +24,11 @@ def results_page(
         charts: the cost charts, relative to the page.
     """
     sections = [
-        _head([cells, memory, time_to_loss, cost]),
+        _head([cells, memory, time_to_loss, rate, cost]),
         _cells(cells),
         _memory(memory),
         _time_to_loss(time_to_loss),
+        _rate(rate),
         _cost(cost, charts),
     ]
     return "\n\n".join(s for s in sections if s) + "\n"
@@ -139,6 +146,22 @@ def _time_to_loss(records: Records) -> str:
         f"Median ratio {figures(median(r['ratio'] for r in records.values()))}."
     )
     return _section("Until a string is as good", said, heads, rows)
+
+
+def _rate(records: Records) -> str:
+    rows = [
+        [r["settings"]["trigger"], r["settings"]["target"], r["settings"]["width"], figures(r["gflops"]),
+         f"{r['share']['median']:.0%} ({r['share']['low']:.0%}–{r['share']['high']:.0%})", f"{r['needed']:.0%}",  # noqa: RUF001
+         r["about"]["commit"]]
+        for r in records.values()
+    ]  # fmt: skip
+    heads = ["trigger", "target", "width", "GFLOP/s", "of the machine (range)", "needed", "commit"]
+    said = (
+        "Ours alone: operations of the weight matrices in candidate passes (attention, norms and activations take time "
+        "and are not counted), over those of a bf16 product of 2048 measured before and after each round. `needed`: "
+        "share that exact scores of these candidates need at least; the rest is padding and the shared beginning."
+    )
+    return _section("Candidate passes and the machine", said, heads, rows)
 
 
 def _cost(records: Records, charts: Sequence[str]) -> str:

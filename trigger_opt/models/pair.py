@@ -67,16 +67,15 @@ class CausalModel:
 
     Attributes:
         name: as the user named it. network: the transformers model; with adapters, run it inside `active` only.
-        one_at_a_time: whether two threads must not run it together.
+        one_at_a_time: whether two threads must not run it together (bitsandbytes keeps a state in every layer).
     """
-
-    one_at_a_time = False
 
     def __init__(
         self, name: str, network: Any, *, switch: AdapterSwitch | None = None, adapter: str | None = None
     ) -> None:
         self.name = name
         self.network = network
+        self.one_at_a_time = bool(getattr(network, "is_quantized", False))
         self._switch = switch
         self._adapter = adapter
 

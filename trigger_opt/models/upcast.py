@@ -16,10 +16,9 @@ from trigger_opt.models.pair import CausalModel
 class Float32(CausalModel):
     """`model` with fp32 arithmetic. Not for several threads at once: the layers' weights are exchanged."""
 
-    one_at_a_time = True
-
     def __init__(self, model: CausalModel) -> None:
         super().__init__(model.name, model.network)
+        self.one_at_a_time = True
         self._model = model
         self._depth = 0
 

@@ -15,8 +15,9 @@ from trigger_opt.records import write_text
 from trigger_opt.report.html import page
 from trigger_opt.report.load import load_run
 from trigger_opt.report.markdown import summary
+from trigger_opt.report.words import arithmetic
 
-__all__ = ["write_report"]
+__all__ = ["arithmetic", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:

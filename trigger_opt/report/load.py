@@ -12,6 +12,7 @@ from trigger_opt.records import (
     Hypothesis,
     PairIdentity,
     RunInfo,
+    SearchCost,
     SearchStep,
     TensorFamilyDiff,
     Verdict,
@@ -40,6 +41,7 @@ class RunRecords:
     history: list[SearchStep] | None
     verified: list[Verification] | None
     completions: list[Completion] | None
+    cost: SearchCost | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ def load_run(run_dir: Path) -> RunRecords:
         history=_all(run_dir / "history.jsonl", SearchStep),
         verified=_all(run_dir / "verified.jsonl", Verification),
         completions=_all(run_dir / "completions.jsonl", Completion),
+        cost=_one(run_dir / "cost.json", SearchCost),
     )
 
 

@@ -7,6 +7,7 @@ from trigger_opt.report.load import RunRecords
 from trigger_opt.report.markup import Child, Column, Html, definitions, fold, join, note, section, table, tag
 from trigger_opt.report.words import (
     DASH,
+    arithmetic,
     duration,
     identity_sentence,
     identity_warnings,
@@ -71,6 +72,7 @@ def _facts(run: RunRecords) -> list[tuple[str, Child]]:
     facts += [
         ("Seed", str(verdict.seed)),
         ("Candidate evaluations", f"{verdict.evaluations:,}"),
+        *([("Arithmetic of the search", arithmetic(run.cost))] if run.cost is not None else []),
         ("Wall time", duration(verdict.seconds)),
         ("Versions", versions(verdict.versions)),
     ]

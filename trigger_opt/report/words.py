@@ -6,7 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from trigger_opt.records import PairIdentity, Rate, Verdict
+from trigger_opt.records import PairIdentity, Rate, SearchCost, Verdict
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -23,6 +23,7 @@ STAGES = {
     "hypotheses.jsonl": "hypotheses",
     "candidates.jsonl": "search",
     "history.jsonl": "search",
+    "cost.json": "search",
     "verified.jsonl": "verify",
     "completions.jsonl": "verify",
 }
@@ -131,6 +132,19 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def arithmetic(cost: SearchCost) -> str:
+    """What a search's scores cost, in one line: "12,345 evaluations, 3.2 TFLOP in 8.1 s: 395 GFLOP/s, 53 % of …"."""
+    if not cost.evaluations:
+        return "no candidate was scored"
+    rate = cost.flops / cost.seconds if cost.seconds else 0.0
+    return (
+        f"{cost.evaluations:,} evaluations, {cost.flops / 1e12:,.2f} TFLOP in {duration(cost.seconds)}: "
+        f"{rate / 1e9:,.0f} GFLOP/s, {cost.share_of_machine:.0%} of the machine's matrix products "
+        f"({cost.matmul_rate / 1e9:,.0f}); {cost.share_needed:.0%} of it needed for exact scores; beside it "
+        f"{cost.gradient_flops / 1e12:,.2f} TFLOP for gradients, {cost.rescoring_flops / 1e12:,.2f} for rescoring"
+    )
 
 
 def layer_ranges(layers: list[int]) -> str:

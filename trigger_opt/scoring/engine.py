@@ -256,7 +256,9 @@ class Engine:
 
     def _scored_hidden(self, side: Side, requests: Sequence[Request]) -> Float[Tensor, "request scored d_model"]:
         def work(pack: Pack, hidden: Tensor) -> list[Tensor]:
-            return [hidden.view(len(pack.jobs), -1, hidden.shape[-1])]
+            # Another process has other devices.
+            kept = hidden.cpu() if self._group.size > 1 else hidden
+            return [kept.view(len(pack.jobs), -1, hidden.shape[-1])]
 
         (hidden,) = self._each(side, requests, work)
         return hidden.to(self._models[side].device)

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,17 @@ class Group:
             torch.distributed.broadcast_object_list(tensors, src=0)
         return tensors
 
+    def announce(self, call: object) -> None:
+        """From the first process: tell the others what to join; None ends their waiting."""
+        if self.size > 1:
+            torch.distributed.broadcast_object_list([call], src=0)
+
+    def listen(self) -> Any:
+        """On any other process: wait for what the first announces."""
+        heard: list[Any] = [None]
+        torch.distributed.broadcast_object_list(heard, src=0)
+        return heard[0]
+
     def clock(self) -> float:
         """The first process's monotonic clock, so that all stop in the same step."""
         now = [time.monotonic()]
@@ -58,13 +70,12 @@ class Group:
         return now[0]
 
 
-def start_group() -> Callable[[], None]:
-    """Join the other processes of a `torchrun` job (gloo, or nccl where each has a GPU); a no-op without one.
+def start_group() -> Group:
+    """Join the other processes of a `torchrun` job; without one, or with a single process, nothing happens.
 
-    Returns what ends it.
+    Over gloo also where the models are on GPUs: what travels is a few numbers a candidate, held by the CPU. Others
+    wait for the first process through stages of hours.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
-        return lambda: None
-    # Results travel as pickled objects over gloo also on GPUs: they are a few numbers a candidate.
-    torch.distributed.init_process_group("gloo")
-    return torch.distributed.destroy_process_group
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    return Group()

@@ -24,6 +24,14 @@ class Meter:
     seconds: float = 0.0
     gradient_flops: float = 0.0
 
+    def add(self, other: "Meter") -> None:
+        """Count what another engine did too."""
+        self.evaluations += other.evaluations
+        self.flops += other.flops
+        self.least_flops += other.least_flops
+        self.seconds += other.seconds
+        self.gradient_flops += other.gradient_flops
+
     @property
     def rate(self) -> float:
         """Operations a second in candidate passes."""

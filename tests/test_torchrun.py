@@ -1,0 +1,56 @@
+"""The command line under `torchrun`: several processes, one run folder, one result."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+SETTINGS = [
+    "model=pair", "model.dtype=float32", "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
+    "search.num_steps=3", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
+    "stages=[diff,hypotheses,search]",
+]  # fmt: skip
+RECORDS = ["candidates.jsonl", "hypotheses.jsonl", "diff.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("torchrun")
+    base = tiny.save_model(folder / "base", "qwen2", seed=0)
+    tiny.save_full(base, folder / "finetuned", seed=3, size=0.3)
+    return [f"model.finetuned={folder / 'finetuned'}", f"model.base={folder / 'base'}"]
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "trigger_opt"]
+
+
+def test_two_processes_find_what_one_finds(models: list[str], tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    one = run(["-m", "trigger_opt", *SETTINGS, *models, f"run_dir={alone}"], tmp_path)
+    two = run([*torchrun(2), *SETTINGS, *models, f"run_dir={shared}"], tmp_path)
+    assert one.returncode == two.returncode == 0, two.stderr[-2000:]
+    for name in RECORDS:
+        assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
+    assert (alone / "candidates.jsonl").read_text().strip()
+    # The first process alone speaks and keeps the folder.
+    assert two.stdout.count("search: finished") <= 1
+    assert two.stdout.count(str(shared)) == one.stdout.count(str(alone))
+
+
+def test_a_users_mistake_ends_all_processes(tmp_path: Path) -> None:
+    made = run(
+        [*torchrun(2), "model=pair", "model.finetuned=nowhere", "model.base=nowhere", f"run_dir={tmp_path}/r"], tmp_path
+    )
+    assert made.returncode != 0
+    assert made.stderr.count("error: ") >= 1
+    assert "nowhere" in made.stderr
