@@ -25,12 +25,13 @@ from trigger_opt.tracking import Tracker
 @dataclass
 class StageOutcome:
     """Filled in by a stage while it runs; `began` is a reading of the monotonic clock, `meter` and `rescoring` are
-    what scores and their repetition in fp32 cost."""
+    what scores and their repetition in fp32 cost, `matmul_rate` the machine's when the stage began."""
 
     evaluations: int = 0
     summary: str = ""
     meter: Meter = field(default_factory=Meter)
     rescoring: Meter = field(default_factory=Meter)
+    matmul_rate: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
     def spend(self, meter: Meter, rescoring: Meter) -> None:

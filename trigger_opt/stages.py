@@ -77,6 +77,7 @@ def search(session: Session) -> None:
     with session.stage("search") as outcome:
         goals, objective = _goals(session)
         found: list[Candidate] = []
+        outcome.matmul_rate = _matmul_rate(session)
         started = time.monotonic()
         try:
             for goals_left, goal in zip(range(len(goals), 0, -1), goals, strict=True):
@@ -90,11 +91,12 @@ def search(session: Session) -> None:
             # Also after Ctrl-C: what was found so far is worth verifying.
             found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
             write_records(session.folder.file("candidates.jsonl"), to_verify(found, 200))
-            if outcome.meter.evaluations:
-                write_record(session.folder.file("cost.json"), _cost(session, outcome))
+            cost = _cost(session, outcome)
+            if cost.evaluations:
+                write_record(session.folder.file("cost.json"), cost)
         rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
         session.tracker.table("candidates", ["trigger", "payload", "score", "selection_rate", "restart", "step"], rows)
-        say(f"arithmetic: {arithmetic(_cost(session, outcome))}")
+        say(f"arithmetic: {arithmetic(cost)}")
         outcome.summary = f"{len(found)} strings, best {found[0].trigger!r}" if found else "no string found"
 
 
@@ -163,7 +165,7 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
 
 
 def _cost(session: Session, outcome: StageOutcome) -> SearchCost:
-    embedding, meter = session.pair().finetuned.embedding, outcome.meter
+    meter = outcome.meter
     return SearchCost(
         evaluations=meter.evaluations,
         flops=meter.flops,
@@ -171,8 +173,14 @@ def _cost(session: Session, outcome: StageOutcome) -> SearchCost:
         gradient_flops=meter.gradient_flops,
         rescoring_flops=outcome.rescoring.flops,
         seconds=meter.seconds,
-        matmul_rate=matmul_rate(embedding.device, embedding.dtype),
+        # Other work on the machine slows any one measurement: the better of before and after.
+        matmul_rate=max(outcome.matmul_rate, _matmul_rate(session)),
     )
+
+
+def _matmul_rate(session: Session) -> float:
+    model = session.pair().finetuned
+    return matmul_rate(model.device, model.embedding.dtype)
 
 
 def _share(config: RunConfig, elapsed: float, outcome: StageOutcome, goals_left: int) -> api.Strategy:
