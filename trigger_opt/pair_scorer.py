@@ -113,6 +113,7 @@ class PairScorer:
             keep: only the best `keep` matter: others may hold -inf where they were not scored to the end. None: all.
             incumbents: the first so many rows; what does not reach the worst of them does not matter either.
         """
+        self._forget()
         strings = [tuple(c) for c in candidates.tolist()]
         table = _Table(self, strings, contexts)
         if keep is None:
@@ -195,7 +196,6 @@ class PairScorer:
 
     def finish(self, pairs: Sequence[tuple[Ids, int]]) -> None:
         """Compute the scores of (string, context) pairs that are not known yet."""
-        self._forget()
         missing = [p for p in pairs if not self.is_complete(*p)]
         if not missing:
             return
