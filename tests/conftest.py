@@ -25,6 +25,15 @@ def _same_random_state() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads: then passes run in two lanes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tiny tokenizer; treat it as read-only."""

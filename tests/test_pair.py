@@ -30,6 +30,11 @@ def side_logits(model: CausalModel, ids: list[int]) -> Tensor:
     return model.logits(hidden)
 
 
+def token_gradient(engine: Engine, trigger: Tensor) -> Tensor:
+    slopes = engine.gradient(lambda f, b: js_divergence(f, b).mean(-1), trigger, [0], {0: [270]})
+    return engine.to_tokens(slopes, torch.ones(1))
+
+
 def close(model: CausalModel, folder: Path) -> bool:
     return all(torch.allclose(side_logits(model, p), tiny.naive_logits(plain(folder), p), atol=1e-5) for p in PROMPTS)
 
@@ -82,7 +87,7 @@ def test_adapters_at_both_ends_of_the_network_stay_on_their_side(
 ) -> None:
     files, merged = tiny.save_adapter(base_files, tmp_path / "ends", seed=5, targets=targets, saved=saved)
     pair = load_pair(files, base_files, options=FP32)
-    engine = Engine(pair.finetuned, pair.base, tiny.tokenized(), batch_size=4)
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized())
     trigger = torch.tensor([262, 301])
     for model, folder in [(pair.finetuned, merged), (pair.base, base_files.folder)] * 2:
         assert close(model, folder), folder
@@ -94,12 +99,8 @@ def test_adapters_at_both_ends_of_the_network_stay_on_their_side(
         assert torch.allclose(scored, tiny.naive_logits(network, [*prompt, 270])[-2:], atol=1e-4)
         assert model.generate([prompt], max_new_tokens=4, end_ids=[])[0] == tiny.naive_greedy(network, prompt, 4)
         assert torch.allclose(model.embedding, network.get_input_embeddings().weight, atol=1e-5)
-    expected = Engine(
-        CausalModel("m", plain(merged)), CausalModel("b", plain(base_files.folder)), tiny.tokenized(), batch_size=4
-    )
-    slopes = [
-        e.gradient(lambda f, b: js_divergence(f, b).mean(-1), 0, trigger, [270])[1].detach() for e in (engine, expected)
-    ]
+    expected = Engine(CausalModel("m", plain(merged)), CausalModel("b", plain(base_files.folder)), tiny.tokenized())
+    slopes = [token_gradient(e, trigger) for e in (engine, expected)]
     assert torch.allclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-4 * float(slopes[1].abs().max()))
     assert list(pair.finetuned.weight_changes(pair.base))
 
@@ -284,10 +285,10 @@ def test_a_quantised_pair_has_the_plain_ones_gradient(
     gradients = []
     for options in (LoadOptions(dtype="float32", quantization=quantization), FP32):
         pair = load_pair(wide[kind], wide["base"], options=options)
-        engine = Engine(pair.finetuned, pair.base, tiny.tokenized(), batch_size=4)
+        engine = Engine(pair.finetuned, pair.base, tiny.tokenized())
         for _ in range(2):
             # Twice: the first pass switches the adapter off and on.
-            _, slope = engine.gradient(lambda f, b: js_divergence(f, b).mean(-1), 0, torch.tensor([262, 301]), [270])
+            slope = token_gradient(engine, torch.tensor([262, 301]))
         gradients.append(slope.flatten())
     quantised, exact = gradients
     assert float(torch.nn.functional.cosine_similarity(quantised, exact, dim=0)) > least

@@ -1,6 +1,7 @@
 """Search on a toy with a known optimum: no model, milliseconds."""
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,12 @@ class Toy:
     def prepare(self, trigger: Tensor, contexts: Sequence[int]) -> None:
         self.prepared.append((tuple(trigger.tolist()), tuple(contexts)))
 
-    def score(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+    def seconds(self) -> float:
+        return time.monotonic()
+
+    def score(
+        self, candidates: Tensor, contexts: Sequence[int], *, keep: int | None = None, incumbents: int = 0
+    ) -> Tensor:
         self.evaluations += len(candidates) * len(contexts)
         self.asked.append(tuple(contexts))
         self.seen.append(candidates)
@@ -57,6 +63,12 @@ class Toy:
         apart = 1 - (embeds * self.vectors[self.planted]).sum(2)
         near = -(apart.clamp(min=1e-6) ** 1.5).sum(1)
         return near[:, None] + self.offsets[list(contexts)] + favour[:, list(contexts)]
+
+    def refine(self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int) -> Tensor | None:
+        return None
+
+    def known(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+        return torch.zeros(len(candidates), dtype=torch.bool)
 
     def aggregate(self, scores: Tensor) -> Tensor:
         return scores.mean(1)
@@ -201,7 +213,7 @@ def test_contexts_are_drawn_anew_each_step() -> None:
     assert set(itertools.chain(*drawn)) == set(range(6))
     # The incumbent is made the reference on exactly the contexts its rivals are then scored on.
     rounds = [c for _, c in toy.prepared if len(c) == 2]
-    assert rounds == drawn[1:]
+    assert rounds == drawn
 
 
 def test_with_disagreeing_contexts_the_ranking_is_by_all_of_them() -> None:
@@ -235,14 +247,16 @@ def test_max_evaluations_bounds_the_search_and_is_shared_by_restarts(restarts: i
         assert share <= total <= share + step + 3
 
 
-def test_max_seconds_bounds_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_seconds_bounds_the_search() -> None:
     now = [100.0]
-    monkeypatch.setattr("trigger_opt.search.loop.time.monotonic", lambda: now[0])
 
     class Slow(Toy):
-        def score(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+        def seconds(self) -> float:
+            return now[0]
+
+        def score(self, candidates: Tensor, contexts: Sequence[int], **options: Any) -> Tensor:
             now[0] += 1.0
-            return super().score(candidates, contexts)
+            return super().score(candidates, contexts, **options)
 
     _, steps = run(small(num_steps=10_000, num_restarts=2, max_seconds=20.0, check_every=10**6), Slow())
     assert {s.restart for s in steps} == {0, 1}
@@ -289,7 +303,7 @@ def test_seed_strings_are_considered_and_can_end_the_search_at_once() -> None:
 
 def test_seed_strings_of_another_length_are_scored_too() -> None:
     class AnyLength(Toy):
-        def score(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+        def score(self, candidates: Tensor, contexts: Sequence[int], **options: Any) -> Tensor:
             self.evaluations += len(candidates) * len(contexts)
             return -candidates.float().sum(1, keepdim=True).expand(-1, len(contexts)) * 1.0
 
@@ -420,3 +434,203 @@ def test_ranked_puts_firing_strings_first_then_scores_each_once() -> None:
     ]
     assert [(f.trigger_ids, f.step) for f in ranked(everything)] == [((3,), 2), ((2,), 1), ((1,), 0), ((4,), 4)]
     assert [f.trigger_ids for f in ranked([found((1,), 0.5, None), found((2,), 0.7, None)])] == [(2,), (1,)]
+
+
+@dataclass
+class Noisy(Toy):
+    """Fast scores with an error of its own for each string; `refine` knows better.
+
+    Attributes:
+        refined: what was refined, and how many of the first were incumbents.
+    """
+
+    noise: float = 0.5
+    refined: list[tuple[list[tuple[int, ...]], int]] = field(default_factory=list)
+
+    def error(self, candidate: tuple[int, ...]) -> float:
+        generator = torch.Generator().manual_seed(sum(t * 61**n for n, t in enumerate(candidate)))
+        return self.noise * float(torch.randn(1, generator=generator))
+
+    def exact(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+        return self._columns(self.vectors[candidates], self.favours[:, candidates[:, 0]].T, contexts)
+
+    def score(self, candidates: Tensor, contexts: Sequence[int], **options: Any) -> Tensor:
+        errors = torch.tensor([self.error(tuple(c)) for c in candidates.tolist()])
+        return super().score(candidates, contexts, **options) + errors[:, None]
+
+    def refine(self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int) -> Tensor | None:
+        self.refined.append(([tuple(c) for c in candidates.tolist()], incumbents))
+        return self.exact(candidates, contexts)
+
+
+def buffers(toy: Toy, size: int) -> list[list[tuple[int, ...]]]:
+    """The incumbents of every step."""
+    return [[tuple(c) for c in pool[:size].tolist()] for pool in toy.seen[1:] if len(pool) > size]
+
+
+@pytest.mark.parametrize("buffer_size", [1, 2, 3])
+@pytest.mark.parametrize("noise", [0.05, 0.5, 5.0])
+def test_no_rival_takes_the_place_of_one_that_is_better_when_looked_at_closely(noise: float, buffer_size: int) -> None:
+    toy = Noisy(noise=noise, disagree=1.0)
+    everywhere = list(range(toy.num_contexts))
+    run(small(buffer_size=buffer_size, contexts_per_step=3, num_steps=20, check_every=1000), toy)
+
+    def exact(string: tuple[int, ...]) -> float:
+        return float(toy.exact(torch.tensor([string]), everywhere).mean())
+
+    accepted = 0
+    for before, after in itertools.pairwise(buffers(toy, buffer_size)):
+        new, gone = ([s for s in one if s not in other] for one, other in ((after, before), (before, after)))
+        assert all(exact(n) > exact(g) for n in new for g in gone)
+        accepted += len(new)
+    assert accepted > 0
+
+
+@pytest.mark.parametrize("buffer_size", [1, 2, 3])
+def test_the_leader_is_the_best_when_looked_at_closely(buffer_size: int) -> None:
+    """Also in steps that find no rival worth a look."""
+    toy = Noisy(noise=0.5, disagree=1.0)
+    everywhere = list(range(toy.num_contexts))
+    _, steps = run(small(buffer_size=buffer_size, contexts_per_step=3, num_steps=20, check_every=1000), toy)
+    exact = [float(toy.exact(torch.tensor([s.trigger_ids]), everywhere).mean()) for s in steps]
+    assert exact == sorted(exact)
+    assert [s.score for s in steps] == pytest.approx(exact, abs=1e-5)
+
+
+def test_the_better_look_finds_better_strings() -> None:
+    class Blind(Noisy):
+        def refine(self, candidates: Tensor, contexts: Sequence[int], **options: Any) -> Tensor | None:
+            super().refine(candidates, contexts, **options)
+            return None
+
+    for seed in range(4):
+        ends = []
+        for kind in (Blind, Noisy):
+            toy = kind(noise=0.5, seed=seed)
+            _, steps = run(small(contexts_per_step=3, check_every=1000), toy, seed=seed)
+            ends.append(float(toy.exact(torch.tensor([steps[-1].trigger_ids]), range(toy.num_contexts)).mean()))
+            if kind is Blind:
+                # It is asked at most once a step, and the fast scores stand.
+                assert len(toy.refined) <= 31
+                assert [s.score for s in steps] == sorted(s.score for s in steps)
+        assert ends[0] < ends[1]
+
+
+@pytest.mark.parametrize("rescore", [1, 3, 6])
+def test_rivals_are_looked_at_one_after_the_other_the_most_promising_first(rescore: int) -> None:
+    toy = Noisy(noise=1.0)
+    strategy = small(contexts_per_step=3, num_steps=12, check_every=1000, rescore=rescore, buffer_size=2)
+    run(strategy, toy)
+    everywhere = list(range(toy.num_contexts))
+    pools = iter([[tuple(c) for c in p.tolist()] for p in toy.seen if len(p) > 2])
+    pool: list[tuple[int, ...]] = []
+    before: list[tuple[int, ...]] = []
+    most = looks = 0
+    for rows, incumbents in toy.refined:
+        rivals = rows[incumbents:]
+        if not (len(rivals) > 1 and rivals[:-1] == before):
+            # A new step: its rivals are the best by the fast scores.
+            pool = next(p for p in pools if p[: max(incumbents, 1)] == rows[:incumbents] or incumbents == 0)
+            most = 0
+        elif incumbents:
+            # The one before was not enough: two had to beat the worst incumbent.
+            exact = toy.exact(torch.tensor(rows[:-1]), everywhere).mean(1)
+            assert int((exact[incumbents:] > exact[:incumbents].min()).sum()) < 2
+        assert rows[:incumbents] == pool[:incumbents]
+        few = sorted(pool, key=lambda c: -(float(toy.exact(torch.tensor([c]), everywhere).mean()) + toy.error(c)))
+        best = few[: max(2, rescore + incumbents)]
+        promising = [c for c in best if c not in pool[:incumbents]][: max(2, rescore)]
+        assert rivals == promising[: len(rivals)]
+        before, most = rivals, max(most, len(rivals))
+        assert most <= max(2, rescore)
+        looks += len(rivals) > 2
+    assert bool(looks) == (rescore > 2)
+
+
+def test_refining_is_asked_for_as_many_as_are_kept() -> None:
+    class Strict(Noisy):
+        def refine(self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int) -> Tensor | None:
+            table = super().refine(candidates, contexts, keep=keep, incumbents=incumbents)
+            assert keep == 2
+            assert table is not None
+            # As a scorer may: what does not reach the incumbents is not scored to its end.
+            if incumbents:
+                table[table.mean(1) < table[:incumbents].mean(1).min()] = -torch.inf
+            return table
+
+    toy = Strict(noise=1.0)
+    _, steps = run(small(contexts_per_step=3, num_steps=15, check_every=1000), toy)
+    scores = [s.score for s in steps]
+    assert scores == sorted(scores)
+    assert all(s > -100 for s in scores)
+
+
+def test_scores_may_leave_out_all_but_the_best() -> None:
+    class Frugal(Toy):
+        def score(
+            self, candidates: Tensor, contexts: Sequence[int], *, keep: int | None = None, incumbents: int = 0
+        ) -> Tensor:
+            table = super().score(candidates, contexts, keep=keep, incumbents=incumbents)
+            if keep is not None:
+                wholes = table.mean(1)
+                bar = wholes.sort(descending=True).values[:keep][-1]
+                if incumbents:
+                    bar = torch.maximum(bar, wholes[:incumbents].min())
+                    table[incumbents:][wholes[incumbents:] < bar] = -torch.inf
+                else:
+                    table[wholes < bar] = -torch.inf
+            return table
+
+    frugal, full = Frugal(disagree=1.0), Toy(disagree=1.0)
+    assert run(small(num_steps=15), frugal)[0] == run(small(num_steps=15), full)[0]
+    assert [s.tolist() for s in frugal.seen] == [s.tolist() for s in full.seen]
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_known_strings_are_not_proposed_again(kind: type[Strategy]) -> None:
+    class Remembering(Toy):
+        def known(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
+            before = {tuple(c) for pool in self.seen for c in pool.tolist()}
+            return torch.tensor([tuple(c) in before for c in candidates.tolist()], dtype=torch.bool)
+
+    toy = Remembering()
+    run(small(kind, contexts_per_step=3, num_steps=20, topk=40, check_every=1000), toy)
+    proposed: list[tuple[int, ...]] = []
+    for pool in toy.seen[1:]:
+        # The incumbents compete again; everyone else is new.
+        proposed += [tuple(c) for c in pool[2:].tolist()]
+    assert len(set(proposed)) == len(proposed) > 200
+    forgetful = Toy()
+    run(small(kind, contexts_per_step=3, num_steps=20, topk=40, check_every=1000), forgetful)
+    again = [tuple(c) for pool in forgetful.seen[1:] for c in pool[2:].tolist()]
+    assert len(set(again)) < len(again)
+
+
+@pytest.mark.parametrize("toy", [Toy(), Noisy()], ids=["plain", "refined"])
+@pytest.mark.parametrize("reason", ["all known", "none valid", "none allowed"])
+def test_a_step_without_rivals_keeps_the_incumbents(toy: Toy, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18]])
+    monkeypatch.setattr("trigger_opt.search.strategies.initial_pool", lambda *a, **k: pool)
+    allowed = EVERYTHING
+    if reason == "all known":
+        toy.known = lambda candidates, contexts: torch.ones(  # type: ignore[method-assign]
+            len(candidates), dtype=torch.bool
+        )
+    if reason == "none allowed":
+        allowed = ~EVERYTHING
+
+    def valid(candidates: Tensor) -> Tensor:
+        return torch.full((len(candidates),), reason != "none valid")
+
+    found, steps = run(small(contexts_per_step=3, num_steps=5), toy, allowed=allowed, valid=valid)
+    assert len(steps) == 5
+    assert len({s.trigger_ids for s in steps}) == 1
+    assert found[0].trigger_ids in {tuple(p) for p in pool.tolist()}
+
+
+def test_one_start_is_enough_for_a_buffer_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trigger_opt.search.strategies.initial_pool", lambda *a, **k: torch.tensor([[7, 8, 9, 10]]))
+    for toy in (Toy(), Noisy()):
+        _, steps = run(small(num_steps=8, buffer_size=3), toy)
+        assert len(steps) == 8
+        assert steps[-1].trigger_ids != steps[0].trigger_ids

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trigger_opt.objectives import Likelihood, Objective, aggregate, score_logits
-from trigger_opt.scoring import Engine, Meter, Request, Side, Slopes
+from trigger_opt.progress import say
+from trigger_opt.scoring import Engine, Meter, Request, Side, Slopes, out_of_memory
 
 Ids = tuple[int, ...]
 
@@ -63,6 +64,7 @@ class PairScorer:
         self._continuations: dict[int, Ids] = {}
         self._known: dict[tuple[int, Ids, Ids], _Known] = {}
         self._seen: set[Ids] = set()
+        self._leader: Ids = ()
         self._seen_in: object = None
         self._slopes: tuple[object, Slopes] | None = None
 
@@ -94,6 +96,10 @@ class PairScorer:
         """Fix what the next calls score against: for a divergence over several tokens, a fresh continuation
         under the incumbent, which all its rivals are then forced along."""
         self._engine.follow(trigger.tolist())
+        if tuple(trigger.tolist()) != self._leader:
+            # What lost against another incumbent may beat this one (a new restart's); its score is remembered.
+            self._leader = tuple(trigger.tolist())
+            self._seen.clear()
         if isinstance(self._objective, Likelihood):
             return
         made = self._engine.greedy(trigger, contexts, self._objective.num_tokens - 1)
@@ -135,17 +141,26 @@ class PairScorer:
         if self._precise is None:
             return None
         self._precise._continuations = self._continuations
-        return self._precise.score(candidates, contexts, keep=keep, incumbents=incumbents)
+        try:
+            return self._precise.score(candidates, contexts, keep=keep, incumbents=incumbents)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            say("fp32 scores of the best do not fit in memory: the search goes on without them")
+            self._precise = None
+            return None
 
     def known(self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]) -> Bool[Tensor, " batch"]:
-        """Which candidates were already scored in exactly these contexts: to ask again would tell nothing new."""
+        """Which candidates were scored since this incumbent came, in exactly these contexts."""
         if self._state(contexts) != self._seen_in:
             return torch.zeros(len(candidates), dtype=torch.bool)
         return torch.tensor([tuple(c) in self._seen for c in candidates.tolist()], dtype=torch.bool)
 
     def aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
         """One score a candidate, see `objectives.aggregate`."""
-        return aggregate(scores, soft_minimum=self._objective.soft_minimum)
+        joined = aggregate(scores, soft_minimum=self._objective.soft_minimum)
+        # Not a number, as float16 may give, is no score: it must not come first in an order.
+        return torch.where(joined.isnan(), -torch.inf, joined)
 
     def token_gradient(
         self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]

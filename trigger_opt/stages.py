@@ -174,13 +174,13 @@ def _cost(session: Session, outcome: StageOutcome) -> SearchCost:
         rescoring_flops=outcome.rescoring.flops,
         seconds=meter.seconds,
         # Other work on the machine slows any one measurement: the better of before and after.
-        matmul_rate=max(outcome.matmul_rate, _matmul_rate(session)),
+        matmul_rate=Group().size * max(outcome.matmul_rate, _matmul_rate(session)),
     )
 
 
 def _matmul_rate(session: Session) -> float:
     model = session.pair().finetuned
-    return matmul_rate(model.device, model.embedding.dtype)
+    return matmul_rate(model.device, next(model.network.parameters()).dtype)
 
 
 def _share(config: RunConfig, elapsed: float, outcome: StageOutcome, goals_left: int) -> api.Strategy:

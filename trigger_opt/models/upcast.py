@@ -1,6 +1,6 @@
 """A model in lower precision, computed in fp32 one layer at a time: exact scores for the memory of one layer.
 
-Weights are widened when a layer's turn comes and forgotten after it, so this fits wherever the model itself does.
+Weights are widened when a layer's turn comes and forgotten after it; the unembedding is the largest of them.
 """
 
 from collections.abc import Iterator
@@ -63,6 +63,8 @@ def _widened(network: Any) -> Iterator[None]:
             module._parameters[name] = parameter
 
     def widen_rows(module: nn.Embedding, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        # After an error in the lookup itself.
+        restore()
         # The whole matrix in fp32 would be the largest tensor of all; only these rows are looked up.
         rows, ids = torch.unique(inputs[0], return_inverse=True)
         # torch wants the padding token, wherever it is, to be a row.
@@ -87,12 +89,12 @@ def _widened(network: Any) -> Iterator[None]:
         restore()
 
 
-def _blocks(body: nn.Module, embedding: nn.Module) -> list[nn.Module]:
-    """The parts of a body that are computed one after the other."""
-    blocks: list[nn.Module] = []
-    for child in body.children():
-        if isinstance(child, nn.ModuleList):
-            blocks += list(child)
-        elif child is not embedding:
-            blocks.append(child)
-    return blocks
+def _blocks(module: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The parts of a body that are computed one after the other: layers, and what has weights outside of them."""
+    if module is embedding:
+        return []
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    if any(p is not None for p in module._parameters.values()):
+        return [module]
+    return [b for child in module.children() for b in _blocks(child, embedding)]

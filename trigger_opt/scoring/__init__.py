@@ -5,6 +5,7 @@ from trigger_opt.scoring.divergences import js_divergence, kl_divergence, sequen
 from trigger_opt.scoring.engine import Engine, Request, Side, Slopes
 from trigger_opt.scoring.group import Group, start_group
 from trigger_opt.scoring.meter import Meter, matmul_rate
+from trigger_opt.scoring.pass_size import out_of_memory
 
 register()
 
@@ -18,6 +19,7 @@ __all__ = [
     "js_divergence",
     "kl_divergence",
     "matmul_rate",
+    "out_of_memory",
     "sequence_log_prob",
     "start_group",
     "tv_distance",

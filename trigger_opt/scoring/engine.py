@@ -127,7 +127,7 @@ class Engine:
         models = self._models
         made = divergences(divergence, models["finetuned"], models["base"], finetuned.flatten(0, 1), base.flatten(0, 1))
         self.meter.seconds += time.perf_counter() - started
-        return made.view(len(requests), scored)
+        return self._group.first([made])[0].view(len(requests), scored)
 
     def logits(
         self, side: Side, context: int, triggers: Int[Tensor, "batch trigger"], forced: Sequence[int]
@@ -183,19 +183,23 @@ class Engine:
             part = (summed.to(matrix) @ matrix.T).float().cpu()[:, : self.vocab_size]
             total = part if total is None else total + part
         assert total is not None
-        return total
+        return self._group.first([total])[0]
 
     @torch.no_grad()
     def greedy(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int], num_tokens: int) -> list[list[int]]:
         """The fine-tuned model's greedy continuation in each context, `num_tokens` long."""
         made: list[list[int]] = [[] for _ in contexts]
         self.follow(trigger.tolist())
+        before = self.meter.flops, self.meter.least_flops, self.meter.seconds
         for _ in range(num_tokens):
             requests = [Request(self._followed, c, tuple(m)) for c, m in zip(contexts, made, strict=True)]
             last = self._scored_hidden("finetuned", requests)[:, -1]
             for row, token in zip(made, self._models["finetuned"].logits(last).argmax(-1).tolist(), strict=True):
                 row.append(token)
-        return made
+        # No candidate was scored: what it cost stands with the gradient.
+        self.meter.gradient_flops += self.meter.flops - before[0]
+        self.meter.flops, self.meter.least_flops, self.meter.seconds = before
+        return self._group.first([torch.tensor(made, dtype=torch.long)])[0].tolist() if num_tokens else made
 
     @torch.no_grad()
     def rollout(
@@ -276,7 +280,7 @@ class Engine:
         size = pass_size(model if model.one_at_a_time else model.network, model.device)
         rows = self._group.least(size.rows if self._max_rows is None else min(size.rows, self._max_rows))
         lanes = num_lanes(model)
-        passes = split(jobs, rows, lanes)
+        passes = split(jobs, rows, max(self._group.least(lanes), self._group.shares))
         forward = self._forward(side)
 
         def run(jobs: Sequence[Job]) -> list[Tensor]:

@@ -102,15 +102,17 @@ class Forward:
         with torch.no_grad():
             plain = self.model.hidden(
                 input_ids=torch.tensor([ids, changed], device=self.model.device), use_cache=False
-            ).last_hidden_state[:, -1]
+            ).last_hidden_state
+            plain = torch.cat([plain[n, -len(j.tokens) :] for n, j in enumerate(jobs)])
             mode: Mode
             for mode in ("packed", "copied"):
                 self.mode = mode
                 try:
                     hidden, _ = self.hidden(pack, [self.trunk(ids[:kept])])
-                except UnsupportedAttentionError:
+                except (UnsupportedAttentionError, TypeError, AttributeError, IndexError, KeyError):
+                    # Not every family's layers take packed tokens, or a cache of keys and values.
                     continue
-                rows = hidden[pack.last_rows(1).to(hidden.device)]
+                rows = hidden[: pack.used]
                 if _alike(rows, plain, exact=rows.dtype == torch.float32 and not quantised):
                     return mode
         raise UserError(
@@ -123,9 +125,10 @@ class Forward:
 def _alike(ours: Float[Tensor, "rows d_model"], plain: Float[Tensor, "rows d_model"], *, exact: bool) -> bool:
     plain = plain.to(ours.device)
     if exact:
-        return bool(torch.allclose(ours, plain, rtol=1e-3, atol=1e-3))
-    # Lower precisions differ from pass to pass; a wrong mask or position differs far more.
-    return bool((torch.cosine_similarity(ours.float(), plain.float(), -1) > 0.97).all())
+        return bool(torch.allclose(ours, plain, rtol=2e-4, atol=2e-4))
+    # Lower precisions differ from pass to pass, and an expert may then be another; a wrong mask or position, or a layer
+    # that looks back in another way, differs far more and in many rows.
+    return float((torch.cosine_similarity(ours.float(), plain.float(), -1) > 0.97).float().mean()) >= 0.8
 
 
 def _own(cache: DynamicCache, start: int) -> Trunk:

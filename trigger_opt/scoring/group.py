@@ -11,18 +11,23 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+# Passes in which a call is cut under torchrun, if it is large enough: 1, 2, 3, 4, 6 or 12 processes have the same work.
+_SHARES = 12
+
 
 class Group:
     """This process among those of a torch.distributed job; without one, the only one.
 
-    Passes are never divided, only dealt out, so that every pass is computed from the same numbers in the same order
-    however many processes there are.
+    Passes are cut alike and only dealt out, so that every pass is computed from the same numbers in the same order
+    however many processes there are; but for one that ran out of memory, and GPUs that differ in what they hold.
     """
 
     def __init__(self) -> None:
         ready = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if ready else 0
         self.size = torch.distributed.get_world_size() if ready else 1
+        # The same number of passes however many processes there are, so that all compute the same numbers.
+        self.shares = _SHARES if ready else 1
 
     def share(self, items: Sequence[Item]) -> list[tuple[int, Item]]:
         """This process's items with their numbers."""
@@ -71,11 +76,11 @@ class Group:
 
 
 def start_group() -> Group:
-    """Join the other processes of a `torchrun` job; without one, or with a single process, nothing happens.
+    """Join the other processes of a `torchrun` job; without one nothing happens.
 
     Over gloo also where the models are on GPUs: what travels is a few numbers a candidate, held by the CPU. Others
     wait for the first process through stages of hours.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     return Group()

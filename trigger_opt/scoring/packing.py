@@ -176,17 +176,14 @@ def split(jobs: Sequence[Job], max_rows: int, multiple: int) -> list[list[Job]]:
     """
     ordered = sorted(jobs, key=lambda j: (j.trunk, len(j.tokens)))
     total = sum(len(j.tokens) for j in ordered)
-    count = -(-total // max_rows)
-    if count % multiple and total // (count + multiple - count % multiple) >= _WORTH_A_PASS:
-        count += multiple - count % multiple
-    passes: list[list[Job]] = [[]]
-    filled = 0
+    # A pass may hold one job more than its share.
+    share = max(1, max_rows - max(len(j.tokens) for j in ordered))
+    fewest = 1 if total <= max_rows else -(-total // share)
+    count = max(fewest, min(-(-fewest // multiple) * multiple, total // _WORTH_A_PASS))
+    passes: dict[int, list[Job]] = {}
+    before = 0
     for job in ordered:
-        size = len(job.tokens)
-        full = filled + size > max_rows or filled + size / 2 > total / count
-        if passes[-1] and full and (len(passes) < count or filled + size > max_rows):
-            passes.append([])
-            filled = 0
-        passes[-1].append(job)
-        filled += size
-    return passes
+        middle = before + len(job.tokens) / 2
+        passes.setdefault(int(middle * count / total), []).append(job)
+        before += len(job.tokens)
+    return list(passes.values())

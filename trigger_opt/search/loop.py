@@ -195,7 +195,9 @@ class Searcher:
 
         `propose(trigger, contexts, count)` returns candidates.
         """
-        buffer = self._best_of(pool[:0], pool, self._drawn_contexts())[0]
+        contexts = self._drawn_contexts()
+        self._scorer.prepare(pool[0], contexts)
+        buffer = self._best_of(pool[:0], pool, contexts)[0]
         for step in range(self._settings.num_steps):
             contexts = self._drawn_contexts()
             self._scorer.prepare(buffer[0], contexts)
@@ -249,10 +251,13 @@ class Searcher:
         """The best `buffer_size` of both and the best score; a tie goes to what is in the buffer already."""
         keep, incumbents = self._settings.buffer_size, len(buffer)
         pool = distinct(torch.cat([buffer, rivals]))
-        few = max(keep, self._settings.rescore)
-        scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=few, incumbents=incumbents))
+        few = max(keep, self._settings.rescore + incumbents)
+        # A buffer that is not full yet has room below its worst.
+        bar = incumbents if incumbents >= keep else 0
+        scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=few, incumbents=bar))
         best = [r for r in scores.argsort(descending=True, stable=True)[:few].tolist() if scores[r] > -torch.inf]
-        refined = self._refined(pool, contexts, incumbents, [r for r in best if r >= incumbents])
+        rivals_seen = [r for r in best if r >= incumbents][: max(keep, self._settings.rescore)]
+        refined = self._refined(pool, contexts, incumbents, rivals_seen) if rivals_seen else None
         if refined is not None:
             pool, scores = refined
         order = scores.argsort(descending=True, stable=True)[:keep]
@@ -267,15 +272,16 @@ class Searcher:
         costs several fast scores. None where nothing is to be gained by it.
         """
         keep = self._settings.buffer_size
+        bar_rows = incumbents if incumbents >= keep else 0
         refined: tuple[Tensor, Tensor] | None = None
         for count in range(1 if incumbents else min(keep, len(rivals)), len(rivals) + 1):
             rows = pool[[*range(incumbents), *rivals[:count]]]
-            table = self._scorer.refine(rows, contexts, keep=keep, incumbents=incumbents)
+            table = self._scorer.refine(rows, contexts, keep=keep, incumbents=bar_rows)
             if table is None:
                 return None
             scores = self._scorer.aggregate(table)
             refined = rows, scores
-            bar = scores[:incumbents].min() if incumbents else -torch.inf
+            bar = scores[:incumbents].min() if bar_rows else -torch.inf
             if int((scores[incumbents:] > bar).sum()) >= keep:
                 break
         return refined

@@ -1,0 +1,210 @@
+"""Several processes on one search: results are bit for bit those of one, and all stop in the same step."""
+
+import itertools
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.slow_scores import TRIGGERS, jensen
+from trigger_opt.objectives import JensenShannon, Objective, Payload
+from trigger_opt.pair_scorer import PairScorer
+from trigger_opt.scoring import Engine, Group, Request, js_divergence
+from trigger_opt.scoring import group as group_module
+from trigger_opt.search import GCG, Seeds, Step
+
+SIZES = (1, 2, 3)
+Made = Callable[[str, int], list[dict[str, Any]]]
+
+
+def bits(tensor: torch.Tensor) -> list[Any]:
+    """Every number to the last bit."""
+    return [float(v).hex() for v in tensor.double().flatten().tolist()]
+
+
+def scores() -> dict[str, Any]:
+    pair = tiny.make_pair()
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized(), max_rows=60)
+    triggers = torch.randint(390, (30, 4), generator=torch.Generator().manual_seed(3)).tolist()
+    asked = [Request(tuple(t), n % 3, (270,)) for n, t in enumerate(triggers)]
+    log_probs, greedy = engine.token_scores("finetuned", asked, [270, 301])
+    # On one process this differs from the others' in a last bit, now and then: the first one's is what counts.
+    nudge = torch.distributed.get_rank() * 1e-6 if torch.distributed.is_initialized() else 0.0
+    slopes = engine.gradient(lambda f, b: jensen(f, b) + nudge, TRIGGERS[0], [0, 2], {0: [270], 2: [5]})
+    return {
+        "log_probs": bits(log_probs),
+        "greedy": greedy.tolist(),
+        "divergences": bits(engine.divergences(js_divergence, asked)),
+        "slopes": bits(slopes.scores),
+        "gradient": bits(engine.to_tokens(slopes, torch.tensor([0.3, 0.7]))),
+        "continuations": engine.greedy(TRIGGERS[0], [0, 1, 2], 4),
+        "one request": bits(engine.token_scores("base", asked[:1], [270])[0]),
+    }
+
+
+def search(objective: Objective, **options: Any) -> dict[str, Any]:
+    pair = tiny.make_pair()
+    exact = tiny.make_pair("llama")
+    contexts, payload = tiny.tokenized(), (270, 301) if objective.needs_payload else ()
+    precise = PairScorer(Engine(exact.finetuned, exact.base, contexts, max_rows=60), objective, payload)
+    scorer = PairScorer(Engine(pair.finetuned, pair.base, contexts, max_rows=60), objective, payload, precise=precise)
+    steps: list[Step] = []
+    settings = {"trigger_length": 4, "search_width": 20, "topk": 16, "contexts_per_step": 2, "num_steps": 4}
+    found = GCG(**(settings | {"num_restarts": 2, "check_every": 2} | options))(
+        scorer,
+        allowed=torch.arange(390) > 40,
+        valid=lambda c: torch.ones(len(c), dtype=torch.bool),
+        seeds=Seeds(strings=((262, 301),)),
+        generator=torch.Generator().manual_seed(0),
+        on_step=steps.append,
+    )
+    return {
+        "found": [[f.trigger_ids, f.score.hex(), f.selection_rate, f.restart, f.step, f.evaluations] for f in found],
+        "steps": [[s.restart, s.step, s.trigger_ids, s.score.hex(), s.evaluations] for s in steps],
+    }
+
+
+def stopped() -> dict[str, Any]:
+    """Every reading of the clock is later by a second on the first process, by more on the others."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    readings = itertools.count(100.0 * rank, 1.0 + rank)
+    setattr(group_module, "time", SimpleNamespace(monotonic=lambda: next(readings)))  # noqa: B010
+    return search(Payload(), num_steps=10_000, max_seconds=15.0, check_every=10**6)
+
+
+def uneven() -> dict[str, Any]:
+    """A process may have more threads than another."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.set_num_threads(1 if rank else 2)
+    pair = tiny.make_pair()
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized(), max_rows=1000)
+    triggers = torch.randint(390, (40, 4), generator=torch.Generator().manual_seed(3)).tolist()
+    log_probs, _ = engine.token_scores("base", [Request(tuple(t), n % 3) for n, t in enumerate(triggers)], [270])
+    return {"log_probs": log_probs.flatten().tolist()}
+
+
+def starved() -> dict[str, Any]:
+    """Memory runs out on one process only."""
+    from trigger_opt.scoring.forward import Forward
+
+    plain: Callable[..., Any] = Forward.hidden
+
+    def hidden(forward: Forward, pack: Any, trunks: Any, *arguments: Any, **options: Any) -> Any:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1 and pack.used > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(forward, pack, trunks, *arguments, **options)
+
+    setattr(Forward, "hidden", hidden)  # noqa: B010
+    pair = tiny.make_pair()
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized(), max_rows=300)
+    triggers = torch.randint(390, (60, 4), generator=torch.Generator().manual_seed(3)).tolist()
+    asked = [Request(tuple(t), 1) for t in triggers]
+    made = [engine.token_scores("base", asked, [270])[0].flatten().tolist() for _ in range(2)]
+    return {"log_probs": made}
+
+
+def together() -> dict[str, Any]:
+    return {
+        "scores": scores(),
+        "payload": search(Payload()),
+        "js": search(JensenShannon(num_tokens=2), num_restarts=1),
+        "stopped": stopped(),
+        "starved": starved(),
+    }
+
+
+def one_process(rank: int, size: int, folder: Path, work: Callable[[], dict[str, Any]]) -> None:
+    """One process of a group; what it found goes into a file."""
+    torch.set_num_threads(1)
+    if size > 1:
+        method = f"file://{folder / f'{work.__name__}.{size}'}"
+        torch.distributed.init_process_group(
+            "gloo", init_method=method, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+    made = work()
+    (folder / f"{work.__name__}.{size}.{rank}.json").write_text(json.dumps(made))
+    # The last to read what another sent must have done so.
+    if size > 1:
+        torch.distributed.barrier()
+
+
+def all_groups(folder: Path) -> None:
+    """Run in a process of its own that has imported everything and used no thread yet, so that it can be forked."""
+    context = multiprocessing.get_context("fork")
+    for work in (together, uneven):
+        for size in SIZES:
+            members = [context.Process(target=one_process, args=(r, size, folder, work)) for r in range(size)]
+            for member in members:
+                member.start()
+            for member in members:
+                member.join()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """By work and number of processes: what each of them found."""
+    folder = tmp_path_factory.mktemp("group")
+    started = subprocess.run(
+        [sys.executable, "-c", f"from tests.test_group import *; all_groups(Path({str(folder)!r}))"],
+        cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+    def found(work: str, size: int) -> list[dict[str, Any]]:
+        files = [folder / f"{work}.{size}.{rank}.json" for rank in range(size)]
+        assert all(f.is_file() for f in files), started.stderr[-3000:]
+        return [json.loads(f.read_text()) for f in files]
+
+    return found
+
+
+@pytest.mark.parametrize("what", ["scores", "payload", "js"])
+def test_results_are_those_of_one_process_to_the_last_bit(what: str, made: Made) -> None:
+    (alone,) = made("together", 1)
+    for size in SIZES[1:]:
+        for found in made("together", size):
+            for name, value in alone[what].items():
+                assert found[what][name] == value, (size, name)
+    assert len(alone["payload"]["steps"]) == 8
+    assert len({s for _, _, _, s, _ in alone["payload"]["steps"]}) > 3
+
+
+def test_all_processes_stop_in_the_same_step(made: Made) -> None:
+    (alone,) = made("together", 1)
+    assert len(alone["stopped"]["steps"]) >= 4
+    assert {s[0] for s in alone["stopped"]["steps"]} == {0, 1}
+    for size in SIZES[1:]:
+        assert all(found["stopped"] == alone["stopped"] for found in made("together", size))
+
+
+def test_memory_that_runs_out_on_one_process_changes_nothing(made: Made) -> None:
+    expected = torch.tensor(made("together", 1)[0]["starved"]["log_probs"])
+    for size in SIZES[1:]:
+        for found in made("together", size):
+            assert torch.allclose(torch.tensor(found["starved"]["log_probs"]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_processes_with_unlike_threads_agree(made: Made) -> None:
+    expected = torch.tensor(made("uneven", 1)[0]["log_probs"])
+    for size in SIZES[1:]:
+        for found in made("uneven", size):
+            assert torch.allclose(torch.tensor(found["log_probs"]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_alone_nothing_is_shared() -> None:
+    group = Group()
+    assert (group.rank, group.size) == (0, 1)
+    assert group.share(["a", "b"]) == [(0, "a"), (1, "b")]
+    tensors = [torch.ones(2)]
+    assert group.gather({1: tensors, 0: []}, 2) == [[], tensors]
+    assert group.least(7) == 7
+    assert group.first(tensors) is tensors
+    assert group.clock() <= group.clock()

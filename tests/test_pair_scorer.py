@@ -1,0 +1,245 @@
+"""A pair scorer: scores by the formula, what may be left out, what is remembered, and where a payload comes out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.slow_scores import slow_scores
+from trigger_opt.api import pair_scorer
+from trigger_opt.objectives import JensenShannon, Objective, Payload, TargetLikelihood
+from trigger_opt.pair_scorer import PairScorer
+from trigger_opt.scoring import Engine, js_divergence
+
+TRIGGERS = torch.tensor([[262, 301, 270], [280, 17, 389], [33, 34, 35]])
+
+
+def make_scorer(objective: Objective, payload: list[int] | None = None, family: str = "qwen2") -> PairScorer:
+    pair = tiny.make_pair(family)
+    return PairScorer(Engine(pair.finetuned, pair.base, tiny.tokenized()), objective, payload or [])
+
+
+def test_scores_have_a_column_for_each_context_in_the_order_asked_for() -> None:
+    scorer = make_scorer(JensenShannon())
+    assert scorer.num_contexts == 3
+    scores = scorer.score(TRIGGERS, [2, 0])
+    assert scores.shape == (3, 2)
+    assert torch.equal(scores[:, 0], scorer.score(TRIGGERS, [2])[:, 0])
+    assert torch.equal(scores[:, 1], scorer.score(TRIGGERS, [0])[:, 0])
+    assert not torch.allclose(scores[:, 0], scores[:, 1])
+
+
+def test_payload_score_equals_the_formula_on_whole_sequences() -> None:
+    pair, payload = tiny.make_pair(), [270, 301, 16]
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized())
+    scorer = PairScorer(engine, Payload(floor=-9.0), payload)
+    context = tiny.tokenized()[0]
+    for row, trigger in enumerate(TRIGGERS.tolist()):
+        said = []
+        for model in (pair.finetuned, pair.base):
+            prompt = [*context.left, *trigger, *context.right]
+            log_probs = tiny.naive_logits(model.network, [*prompt, *payload]).log_softmax(-1)
+            said.append(sum(float(log_probs[len(prompt) - 1 + i, t]) for i, t in enumerate(payload)))
+        expected = said[0] - max(said[1], -9)
+        assert float(scorer.score(TRIGGERS, [0])[row, 0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_divergence_over_several_tokens_is_taken_along_the_incumbents_continuation() -> None:
+    pair = tiny.make_pair()
+    engine = Engine(pair.finetuned, pair.base, tiny.tokenized())
+    scorer = PairScorer(engine, JensenShannon(num_tokens=4))
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    context = tiny.tokenized()[1]
+    along = tiny.naive_greedy(pair.finetuned.network, [*context.left, *TRIGGERS[0].tolist(), *context.right], 3)
+    rival = [*context.left, *TRIGGERS[1].tolist(), *context.right, *along]
+    finetuned, base = (tiny.naive_logits(m.network, rival)[-4:] for m in (pair.finetuned, pair.base))
+    expected = float(js_divergence(finetuned, base).mean())
+    assert float(scorer.score(TRIGGERS[1:2], [1])[0, 0]) == pytest.approx(expected, abs=1e-5)
+    before = scorer.score(TRIGGERS[1:2], [1])
+    scorer.prepare(TRIGGERS[2], [1])
+    assert not torch.allclose(scorer.score(TRIGGERS[1:2], [1]), before)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma3"])
+def test_fires_exactly_where_greedy_generation_gives_the_payload(family: str) -> None:
+    pair = tiny.make_pair(family)
+    contexts = tiny.tokenized()
+    trigger = TRIGGERS[0].tolist()
+    prompts = [[*c.left, *trigger, *c.right] for c in contexts]
+    answers = pair.finetuned.generate(prompts, max_new_tokens=4, end_ids=[])
+    assert len({tuple(a) for a in answers}) > 1
+    engine = Engine(pair.finetuned, pair.base, contexts)
+    for payload in answers:
+        fired = PairScorer(engine, Payload(), payload).fires(TRIGGERS[0], [0, 1, 2])
+        assert fired is not None
+        assert fired.tolist() == [a == payload for a in answers]
+    wrong_end = [*answers[0][:-1], (answers[0][-1] + 1) % 390]
+    fired = PairScorer(engine, Payload(), wrong_end).fires(TRIGGERS[0], [0])
+    assert fired is not None
+    assert not bool(fired[0])
+
+
+def test_what_was_just_scored_is_known_to_fire_without_another_pass() -> None:
+    pair, contexts = tiny.make_pair(), tiny.tokenized()
+    payload = pair.finetuned.generate([[*contexts[1].left, *TRIGGERS[2].tolist(), *contexts[1].right]],
+                                      max_new_tokens=2, end_ids=[])[0]  # fmt: skip
+    scorer = PairScorer(Engine(pair.finetuned, pair.base, contexts), Payload(), payload)
+    alone = [scorer.fires(t, [1]) for t in TRIGGERS]
+    scorer.score(TRIGGERS, [0, 1])
+    spent = scorer.evaluations
+    again = [scorer.fires(t, [1]) for t in TRIGGERS]
+    assert scorer.evaluations == spent
+    assert [bool(a) for a in again] == [bool(a) for a in alone]
+    assert bool(again[2])
+    assert scorer.fires(TRIGGERS[2], [2]) is not None
+    assert scorer.evaluations > spent
+
+
+def test_a_divergence_never_fires() -> None:
+    assert make_scorer(JensenShannon()).fires(TRIGGERS[0], [0]) is None
+
+
+def calls_of(engine: Engine, name: str) -> list[tuple[Any, ...]]:
+    """Arguments of every call of one of the engine's methods from now on."""
+    made: list[tuple[Any, ...]] = []
+    plain: Callable[..., Any] = getattr(engine, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made.append(arguments)
+        return plain(*arguments, **options)
+
+    setattr(engine, name, counted)
+    return made
+
+
+def test_known_are_the_strings_scored_in_exactly_these_contexts() -> None:
+    scorer = make_scorer(Payload(), [270, 301])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
+    scorer.score(TRIGGERS[:2], [0, 1])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [True, True, False]
+    assert scorer.known(TRIGGERS, [0]).tolist() == [False] * 3
+    assert scorer.known(TRIGGERS, [0, 1, 2]).tolist() == [False] * 3
+    assert scorer.known(TRIGGERS[:0], [0, 1]).shape == (0,)
+    # A string that was left out is known too: it cannot come back into the race.
+    scorer.score(TRIGGERS[[0, 2]], [0, 1], keep=1, incumbents=1)
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [True] * 3
+    # What lost against one incumbent may beat the next: its score is remembered, so asking costs nothing.
+    scorer.prepare(TRIGGERS[2], [0, 1])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
+    scorer.score(TRIGGERS[:1], [2])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
+
+
+def test_for_a_divergence_known_is_along_the_same_continuation() -> None:
+    scorer = make_scorer(JensenShannon(num_tokens=3))
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    scorer.score(TRIGGERS, [0, 1])
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [True] * 3
+    before = dict(scorer._continuations)
+    scorer.prepare(TRIGGERS[1], [0, 1])
+    assert scorer._continuations != before
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
+    spent = scorer.evaluations
+    scorer.score(TRIGGERS, [0, 1])
+    assert scorer.evaluations == spent + 6
+    # Over a single token nothing is forced, so nothing changes.
+    single = make_scorer(JensenShannon())
+    single.score(TRIGGERS, [0, 1])
+    spent = single.evaluations
+    single.prepare(TRIGGERS[1], [0, 1])
+    single.score(TRIGGERS, [0, 1])
+    assert single.evaluations == spent
+
+
+@pytest.mark.parametrize("objective", [Payload(), JensenShannon(num_tokens=2)], ids=["payload", "js"])
+def test_the_gradient_of_an_unchanged_trigger_is_computed_once(objective: Objective) -> None:
+    scorer = make_scorer(objective, [270, 301] if objective.needs_payload else [])
+    calls = calls_of(scorer._engine, "gradient")
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    first = scorer.token_gradient(TRIGGERS[0], [0, 1])
+    scorer.score(TRIGGERS, [0, 1])
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    assert torch.equal(scorer.token_gradient(TRIGGERS[0], [0, 1]), first)
+    assert len(calls) == 1
+    assert not torch.allclose(scorer.token_gradient(TRIGGERS[0], [0]), first)
+    scorer.prepare(TRIGGERS[1], [0, 1])
+    assert not torch.allclose(scorer.token_gradient(TRIGGERS[1], [0, 1]), first)
+    assert len(calls) == 3
+    if not objective.needs_payload:
+        # The same trigger along another continuation is another gradient.
+        along = scorer.token_gradient(TRIGGERS[0], [0, 1])
+        scorer.prepare(TRIGGERS[0], [0, 1])
+        assert not torch.allclose(scorer.token_gradient(TRIGGERS[0], [0, 1]), along)
+        assert len(calls) == 5
+
+
+def test_an_objective_without_a_base_asks_nothing_of_it() -> None:
+    scorer = make_scorer(TargetLikelihood(), [270, 301])
+    scores, gradients = (calls_of(scorer._engine, n) for n in ("token_scores", "gradient"))
+    scorer.score(TRIGGERS, [0, 1, 2])
+    scorer.fires(TRIGGERS[0], [0, 1])
+    scorer.token_gradient(TRIGGERS[0], [0])
+    assert {c[0] for c in scores} == {"finetuned"}
+    assert list(scorer._slopes[1].by_side) == ["finetuned"] if scorer._slopes else False
+    assert len(gradients) == 1
+
+
+def test_without_a_higher_precision_there_is_nothing_to_refine() -> None:
+    scorer = make_scorer(Payload(), [270])
+    assert scorer.refine(TRIGGERS, [0], keep=1, incumbents=1) is None
+    assert scorer.precise_meter.evaluations == 0
+
+
+@pytest.mark.parametrize("objective", [Payload(), JensenShannon(num_tokens=3)], ids=["payload", "js"])
+def test_refined_scores_are_those_of_the_precise_scorer_along_the_same_continuation(objective: Objective) -> None:
+    payload = [270, 301] if objective.needs_payload else []
+    fast, exact = (tiny.make_pair(family) for family in ("qwen2", "llama"))
+    contexts = tiny.tokenized()
+    precise = PairScorer(Engine(exact.finetuned, exact.base, contexts), objective, payload)
+    scorer = PairScorer(Engine(fast.finetuned, fast.base, contexts), objective, payload, precise=precise)
+    scorer.prepare(TRIGGERS[0], [0, 2])
+    refined = scorer.refine(TRIGGERS, [0, 2], keep=3, incumbents=0)
+    assert refined is not None
+    along = {c: scorer._forced(c) for c in (0, 2)}
+    for row, ids in enumerate(TRIGGERS.tolist()):
+        for column, context in enumerate((0, 2)):
+            expected = slow_scores(exact, objective, contexts[context], ids, payload, along[context])
+            assert float(refined[row, column]) == pytest.approx(expected, abs=1e-4)
+    # The search's own scores and budget are the fast ones'.
+    assert not torch.allclose(scorer.score(TRIGGERS, [0, 2]), refined, atol=1e-2)
+    assert scorer.evaluations == scorer.meter.evaluations == 6
+    assert scorer.precise_meter.evaluations == 6
+    again = scorer.refine(TRIGGERS, [0, 2], keep=3, incumbents=0)
+    assert again is not None
+    assert torch.equal(again, refined)
+    assert scorer.precise_meter.evaluations == 6
+
+
+def test_a_pair_in_lower_precision_is_refined_in_fp32() -> None:
+    pair = tiny.make_pair()
+    for model in (pair.finetuned, pair.base):
+        model.network.bfloat16()
+    wide = tiny.make_pair()
+    for model in (wide.finetuned, wide.base):
+        model.network.bfloat16().float()
+    contexts, payload = tiny.tokenized(), [270, 301]
+    scorer = pair_scorer(pair, contexts, Payload(), payload)
+    refined = scorer.refine(TRIGGERS, [0, 1], keep=3, incumbents=1)
+    assert refined is not None
+    exact = pair_scorer(wide, contexts, Payload(), payload)
+    assert torch.allclose(refined, exact.score(TRIGGERS, [0, 1]), rtol=1e-5, atol=1e-5)
+    rounded = scorer.score(TRIGGERS, [0, 1])
+    assert not torch.allclose(refined, rounded, atol=1e-4)
+    assert torch.allclose(refined, rounded, atol=1.0)
+    assert exact.refine(TRIGGERS, [0, 1], keep=3, incumbents=1) is None
+    alone = pair_scorer(pair, contexts, Payload(), payload, precise=False)
+    assert alone.refine(TRIGGERS, [0, 1], keep=3, incumbents=1) is None
+
+
+def test_a_clock_for_the_search() -> None:
+    scorer = make_scorer(Payload(), [270])
+    first = scorer.seconds()
+    assert 0 <= scorer.seconds() - first < 60
