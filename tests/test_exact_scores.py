@@ -92,7 +92,7 @@ def same_best(got: Sequence[float], expected: Sequence[float], tolerance: float 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @given(case=cases())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_log_probabilities_and_divergences(name: str, case: Case) -> None:
     pair = pair_of(name)
     engine = Engine(pair.finetuned, pair.base, CONTEXTS)
@@ -127,7 +127,7 @@ def test_log_probabilities_and_divergences(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @given(case=cases(), kind=st.sampled_from([Payload, TargetLikelihood, JensenShannon, TotalVariation, KullbackLeibler]))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_every_objective(name: str, case: Case, kind: Any) -> None:
     pair = pair_of(name)
     payload = case.payload if kind.needs_payload else []
@@ -157,7 +157,7 @@ def test_every_objective(name: str, case: Case, kind: Any) -> None:
     max_rows=st.sampled_from([1, 16, 50, None]),
     order=st.randoms(use_true_random=False),
 )
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_scores_depend_on_the_string_alone(
     name: str, case: Case, other: list[int], max_rows: int | None, order: Any
 ) -> None:

@@ -1,8 +1,7 @@
-"""How a model's body is run on packed jobs: which way is chosen, the slower way, lanes, and what is refused."""
+"""How a model's body is run on packed jobs: which way is chosen, the slower way, and what is refused."""
 
 import copy
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import Tensor
 from tests import tiny
 from tests.slow_scores import SIDES, TRIGGERS, contexts_with_empty_sides, jensen, requests, slow_logits
 from trigger_opt.errors import UserError
-from trigger_opt.models.files import ModelFiles
-from trigger_opt.models.pair import CausalModel, LoadOptions, ModelPair, load_pair
+from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, TokenizedContext
 from trigger_opt.scoring import Engine, Request, js_divergence
 from trigger_opt.scoring import attention as attention_module
@@ -161,15 +159,20 @@ def test_a_family_that_fails_on_packed_jobs_is_copied(falcon: CausalModel) -> No
     all_right(ModelPair(finetuned=falcon, base=falcon, tokenizer=None), mode="copied")
 
 
-def test_a_family_whose_cache_is_more_than_keys_is_refused_in_words() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_that_remembers_more_than_keys_is_refused(dtype: torch.dtype) -> None:
+    """Its convolutions would run on from one packed job into the next; in bf16 that is easily taken for rounding."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     config = Lfm2Config(
-        vocab_size=390, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        vocab_size=390, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "conv", "full_attention"],
     )  # fmt: skip
+    network = Lfm2ForCausalLM(config).requires_grad_(False).eval()
+    for parameter in network.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 1.0))
     with pytest.raises(UserError, match="does not give the same answer"):
-        Forward(CausalModel("m", Lfm2ForCausalLM(config).requires_grad_(False).eval()), PROBE)
+        Forward(CausalModel("m", network.to(dtype)), PROBE * 4)
 
 
 @pytest.mark.parametrize(("left", "right"), [((5,), ()), ((), (5,)), ((5,), (6,))])
@@ -201,90 +204,6 @@ def test_trunks_hold_the_keys_of_a_whole_pass(way: str, request: pytest.FixtureR
         for layer, (keys, values) in captured.items():
             assert torch.allclose(keys[:, rows], alone[layer][0][:, job.start :], atol=1e-5)
             assert torch.allclose(values[:, rows], alone[layer][1][:, job.start :], atol=1e-5)
-
-
-@pytest.fixture
-def ran_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the threads that passes ran in."""
-    names: list[str] = []
-    plain = Forward.hidden
-
-    def hidden(forward: Forward, *arguments: Any, **options: Any) -> Any:
-        names.append(threading.current_thread().name)
-        return plain(forward, *arguments, **options)
-
-    monkeypatch.setattr(Forward, "hidden", hidden)
-    return names
-
-
-def many_requests(seed: int = 0) -> list[Request]:
-    generator = torch.Generator().manual_seed(seed)
-    followed = torch.randint(390, (8,), generator=generator)
-    asked = []
-    for _ in range(60):
-        string = followed.clone()
-        string[torch.randint(8, (1,), generator=generator)] = torch.randint(390, (1,), generator=generator)
-        asked.append(Request(tuple(string.tolist()), int(torch.randint(5, (1,), generator=generator))))
-    return asked
-
-
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "deepseek_v3"])
-def test_two_lanes_give_what_one_gives(family: str, request: pytest.FixtureRequest, ran_in: list[str]) -> None:
-    pair, asked = tiny.make_pair(family), many_requests()
-    found = []
-    for fixture in ("", "two_threads"):
-        if fixture:
-            request.getfixturevalue(fixture)
-        engine = Engine(pair.finetuned, pair.base, CONTEXTS, max_rows=200)
-        found.append((engine.token_scores("base", asked, PAYLOAD)[0], engine.divergences(js_divergence, asked)))
-        lanes = {n for n in ran_in if n.startswith("lane")}
-        assert len(lanes) == (2 if fixture else 0), ran_in
-        ran_in.clear()
-    for one, two in zip(*found, strict=True):
-        assert torch.allclose(one, two, rtol=1e-5, atol=1e-5)
-    assert torch.get_num_threads() == 2
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_an_adapter_pair_in_lanes_scores_as_its_merged_weights(
-    base_files: ModelFiles, adapter_files: tuple[ModelFiles, Any], ran_in: list[str]
-) -> None:
-    """One network, its adapters on and off in turn, in several threads at once."""
-    from transformers import AutoModelForCausalLM
-
-    pair = load_pair(adapter_files[0], base_files, options=LoadOptions(dtype="float32"))
-    finetuned, base = (
-        CausalModel("m", AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).requires_grad_(False))
-        for f in (adapter_files[1], base_files.folder)
-    )
-    asked = many_requests()
-    one, two = (Engine(p, q, CONTEXTS, max_rows=200) for p, q in ((pair.finetuned, pair.base), (finetuned, base)))
-    for _ in range(2):
-        assert torch.allclose(one.divergences(js_divergence, asked), two.divergences(js_divergence, asked), atol=1e-5)
-        for side in (*SIDES, "finetuned"):
-            ours, theirs = (e.token_scores(side, asked, PAYLOAD)[0] for e in (one, two))
-            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert float(one.divergences(js_divergence, asked).min()) > 1e-4
-    assert any(n.startswith("lane") for n in ran_in)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_an_error_in_a_lane_is_raised_after_all_have_ended() -> None:
-    from trigger_opt.scoring.lanes import in_lanes
-
-    ended = []
-
-    def work(item: int) -> int:
-        if item == 1:
-            raise KeyError("one")
-        ended.append(item)
-        return item
-
-    with pytest.raises(KeyError, match="one"):
-        in_lanes(work, range(5), 2)
-    assert sorted(ended) == [0, 2, 3, 4]
-    assert in_lanes(lambda i: i * i, range(5), 2) == [0, 1, 4, 9, 16]
-    assert torch.get_num_threads() == 2
 
 
 def test_sharing_computes_only_what_a_swap_changed(monkeypatch: pytest.MonkeyPatch) -> None:

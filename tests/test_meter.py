@@ -89,6 +89,16 @@ def test_gradients_are_counted_apart() -> None:
     assert engine.meter.flops == engine.meter.least_flops == engine.meter.evaluations == 0
 
 
+def test_a_continuation_scores_no_candidate() -> None:
+    """What `prepare` costs stands with the gradient."""
+    engine = make_engine(tiny.make_pair())
+    engine.greedy(torch.tensor([20, 21, 22]), [1], 2)
+    assert engine.meter.flops == engine.meter.least_flops == engine.meter.evaluations == engine.meter.seconds == 0
+    after = len(engine.contexts[1].right)
+    rows = sum(-(-(3 + after + n) // 16) * 16 for n in (0, 1))
+    assert engine.meter.gradient_flops == 2 * (rows * DENSE + (1 + 2) * HEAD)
+
+
 def test_meters_add_up() -> None:
     total = Meter(evaluations=1, flops=2.0, least_flops=3.0, seconds=4.0, gradient_flops=5.0)
     total.add(Meter(evaluations=10, flops=20.0, least_flops=30.0, seconds=40.0, gradient_flops=50.0))

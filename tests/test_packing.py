@@ -220,6 +220,12 @@ def test_passes_are_about_equal_and_leave_no_lane_idle(jobs: list[Job], count: i
     assert max(sizes) <= 2 * min(sizes), sizes
 
 
+def test_one_long_job_does_not_cut_the_others_small() -> None:
+    jobs = [Job(0, 0, 0, (7,) * 900), *(Job(n, 0, 0, (7,) * 10) for n in range(1, 101))]
+    # Two passes would hold them all.
+    assert len(split(jobs, 1024, 1)) <= 4
+
+
 def test_few_tokens_are_one_pass() -> None:
     jobs = [Job(n, 0, 0, (7,) * 10) for n in range(12)]
     assert len(split(jobs, 2048, 2)) == 1

@@ -125,11 +125,24 @@ def test_known_are_the_strings_scored_in_exactly_these_contexts() -> None:
     # A string that was left out is known too: it cannot come back into the race.
     scorer.score(TRIGGERS[[0, 2]], [0, 1], keep=1, incumbents=1)
     assert scorer.known(TRIGGERS, [0, 1]).tolist() == [True] * 3
-    # What lost against one incumbent may beat the next: its score is remembered, so asking costs nothing.
-    scorer.prepare(TRIGGERS[2], [0, 1])
-    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
     scorer.score(TRIGGERS[:1], [2])
     assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("objective", [Payload(), JensenShannon()], ids=["payload", "js"])
+def test_what_lost_against_one_incumbent_may_beat_another(objective: Objective) -> None:
+    scorer = make_scorer(objective, [270, 301] if objective.needs_payload else [])
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    scorer.score(TRIGGERS, [0, 1])
+    scorer.prepare(TRIGGERS[0], [0, 1])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [True] * 3
+    scorer.prepare(TRIGGERS[1], [0, 1])
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [False] * 3
+    # Its score is remembered all the same: nothing is forced here, so nothing has changed.
+    spent = scorer.evaluations
+    scorer.score(TRIGGERS, [0, 1])
+    assert scorer.evaluations == spent
+    assert scorer.known(TRIGGERS, [0, 1]).tolist() == [True] * 3
 
 
 def test_for_a_divergence_known_is_along_the_same_continuation() -> None:
@@ -145,13 +158,6 @@ def test_for_a_divergence_known_is_along_the_same_continuation() -> None:
     spent = scorer.evaluations
     scorer.score(TRIGGERS, [0, 1])
     assert scorer.evaluations == spent + 6
-    # Over a single token nothing is forced, so nothing changes.
-    single = make_scorer(JensenShannon())
-    single.score(TRIGGERS, [0, 1])
-    spent = single.evaluations
-    single.prepare(TRIGGERS[1], [0, 1])
-    single.score(TRIGGERS, [0, 1])
-    assert single.evaluations == spent
 
 
 @pytest.mark.parametrize("objective", [Payload(), JensenShannon(num_tokens=2)], ids=["payload", "js"])
@@ -237,6 +243,43 @@ def test_a_pair_in_lower_precision_is_refined_in_fp32() -> None:
     assert exact.refine(TRIGGERS, [0, 1], keep=3, incumbents=1) is None
     alone = pair_scorer(pair, contexts, Payload(), payload, precise=False)
     assert alone.refine(TRIGGERS, [0, 1], keep=3, incumbents=1) is None
+
+
+def test_a_refinement_without_memory_is_given_up_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = tiny.make_pair()
+    contexts = tiny.tokenized()
+    scorers = [PairScorer(Engine(pair.finetuned, pair.base, contexts), Payload(), [270]) for _ in range(2)]
+    scorer = PairScorer(Engine(pair.finetuned, pair.base, contexts), Payload(), [270], precise=scorers[0])
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scorers[0], "score", fail)
+    assert scorer.refine(TRIGGERS, [0], keep=1, incumbents=1) is None
+    said = capsys.readouterr().out
+    assert "fp32" in said
+    assert scorer.refine(TRIGGERS, [0], keep=1, incumbents=1) is None
+    assert capsys.readouterr().out == ""
+    assert torch.allclose(scorer.score(TRIGGERS, [0]), scorers[1].score(TRIGGERS, [0]), atol=1e-5)
+
+    def break_(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("mat1 and mat2")
+
+    monkeypatch.setattr(scorers[1], "score", break_)
+    broken = PairScorer(Engine(pair.finetuned, pair.base, contexts), Payload(), [270], precise=scorers[1])
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        broken.refine(TRIGGERS, [0], keep=1, incumbents=1)
+
+
+@pytest.mark.parametrize("objective", [Payload(), JensenShannon()], ids=["soft minimum", "mean"])
+def test_what_is_no_number_is_never_the_best(objective: Objective) -> None:
+    scorer = make_scorer(objective, [270] if objective.needs_payload else [])
+    scores = torch.tensor([[1.0, 2.0], [torch.nan, 5.0], [0.5, -torch.inf]])
+    joined = scorer.aggregate(scores)
+    assert joined[1:].tolist() == [-torch.inf] * 2
+    assert float(joined[0]) > 0
 
 
 def test_a_clock_for_the_search() -> None:

@@ -90,7 +90,7 @@ def is_pruned_well(got: Tensor, full: Tensor, scorer: PairScorer, keep: int, inc
 
 @pytest.mark.parametrize("objective", [*BOUNDED, KullbackLeibler()], ids=[*NAMES, "kl"])
 @given(table=tables(), keep=st.integers(1, 6), incumbents=st.integers(0, 4), known=st.integers(1, 10))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_best_are_the_best_of_all(
     objective: Objective, table: tuple[Tensor, Tensor], keep: int, incumbents: int, known: int
 ) -> None:

@@ -106,6 +106,17 @@ def test_scores_do_not_depend_on_the_logits_held_at_once(monkeypatch: pytest.Mon
     assert max(held) == 3
 
 
+def test_requests_that_force_unequally_many_tokens_are_refused() -> None:
+    """Their scored positions would be mixed up."""
+    engine = make_engine(tiny.make_pair())
+    unequal = [*requests(TRIGGERS, 0, [270, 301]), *requests(TRIGGERS, 1)]
+    for asked in (unequal, unequal[::-1]):
+        with pytest.raises(ValueError, match="force"):
+            engine.divergences(js_divergence, asked)
+    with pytest.raises(ValueError, match="force"):
+        engine.gradient(jensen, TRIGGERS[0], [0, 1], {0: [270], 1: []})
+
+
 def test_evaluations_are_counted_once_per_context() -> None:
     engine = make_engine(tiny.make_pair())
     scorer = PairScorer(engine, JensenShannon())

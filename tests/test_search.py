@@ -519,32 +519,29 @@ def test_the_better_look_finds_better_strings() -> None:
 @pytest.mark.parametrize("rescore", [1, 3, 6])
 def test_rivals_are_looked_at_one_after_the_other_the_most_promising_first(rescore: int) -> None:
     toy = Noisy(noise=1.0)
-    strategy = small(contexts_per_step=3, num_steps=12, check_every=1000, rescore=rescore, buffer_size=2)
-    run(strategy, toy)
-    everywhere = list(range(toy.num_contexts))
-    pools = iter([[tuple(c) for c in p.tolist()] for p in toy.seen if len(p) > 2])
-    pool: list[tuple[int, ...]] = []
-    before: list[tuple[int, ...]] = []
-    most = looks = 0
-    for rows, incumbents in toy.refined:
-        rivals = rows[incumbents:]
-        if not (len(rivals) > 1 and rivals[:-1] == before):
-            # A new step: its rivals are the best by the fast scores.
-            pool = next(p for p in pools if p[: max(incumbents, 1)] == rows[:incumbents] or incumbents == 0)
-            most = 0
-        elif incumbents:
-            # The one before was not enough: two had to beat the worst incumbent.
-            exact = toy.exact(torch.tensor(rows[:-1]), everywhere).mean(1)
-            assert int((exact[incumbents:] > exact[:incumbents].min()).sum()) < 2
-        assert rows[:incumbents] == pool[:incumbents]
-        few = sorted(pool, key=lambda c: -(float(toy.exact(torch.tensor([c]), everywhere).mean()) + toy.error(c)))
-        best = few[: max(2, rescore + incumbents)]
-        promising = [c for c in best if c not in pool[:incumbents]][: max(2, rescore)]
-        assert rivals == promising[: len(rivals)]
-        before, most = rivals, max(most, len(rivals))
-        assert most <= max(2, rescore)
-        looks += len(rivals) > 2
-    assert bool(looks) == (rescore > 2)
+    run(small(contexts_per_step=3, num_steps=12, check_every=1000, rescore=rescore, buffer_size=2), toy)
+    everywhere, most = list(range(toy.num_contexts)), max(2, rescore)
+
+    def fast(string: tuple[int, ...]) -> float:
+        return float(toy.exact(torch.tensor([string]), everywhere).mean()) + toy.error(string)
+
+    pools = [[tuple(c) for c in p.tolist()] for p in toy.seen if len(p) > 2]
+    looks = 0
+    for pool in pools[1:]:
+        incumbents = pool[:2]
+        # As many as are rescored find room beside the incumbents, should these come first.
+        few = sorted(pool, key=fast, reverse=True)[: rescore + 2]
+        rivals = [s for s in few if s not in incumbents][:most]
+        asked = [rows[2:] for rows, count in toy.refined if count == 2 and rows[:2] == incumbents]
+        asked = [a for a in asked if a == rivals[: len(a)]]
+        for seen in asked:
+            exact = toy.exact(torch.tensor([*incumbents, *seen]), everywhere).mean(1)
+            enough = int((exact[2:] > exact[:2].min()).sum()) >= 2
+            # Looked at further while that could change anything, and no further.
+            assert any(len(a) == len(seen) + 1 for a in asked) == (not enough and len(seen) < len(rivals))
+        assert asked[0] == rivals[:1]
+        looks += max(map(len, asked))
+    assert looks > len(pools)
 
 
 def test_refining_is_asked_for_as_many_as_are_kept() -> None:

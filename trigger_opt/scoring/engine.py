@@ -155,6 +155,8 @@ class Engine:
         """
         self.follow(trigger.tolist())
         scored = len(forced[contexts[0]]) + 1
+        if any(len(forced[c]) + 1 != scored for c in contexts):
+            raise ValueError("contexts of one gradient must force equally many tokens")
         at_once = max(1, _GRADIENT_BYTES // (4 * self.vocab_size * scored))
         parts = [
             self._gradient(reduce, trigger, contexts[n : n + at_once], forced, sides)
@@ -276,6 +278,8 @@ class Engine:
         trunks = self._trunks_for(side, contexts) if shared else [self._left(side, c) for c in contexts]
         jobs = [self._job(n, contexts.index(r.context), r, shared=shared) for n, r in enumerate(requests)]
         scored = len(requests[0].forced) + 1
+        if any(len(r.forced) + 1 != scored for r in requests):
+            raise ValueError("requests of one call must force equally many tokens")
         model = self._models[side]
         size = pass_size(model if model.one_at_a_time else model.network, model.device)
         rows = self._group.least(size.rows if self._max_rows is None else min(size.rows, self._max_rows))

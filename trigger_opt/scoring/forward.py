@@ -58,7 +58,8 @@ class Forward:
         with packed_attention(self.model.network, state):
             positions = pack.positions().to(inputs.device)
             step = self.model.hidden(inputs_embeds=inputs, position_ids=positions, use_cache=False)
-        if state.layers_seen == 0:
+        # A layer that is no attention (a convolution, a state space) runs on from one packed job into the next.
+        if state.layers_seen != self.model.network.config.get_text_config().num_hidden_layers:
             raise UnsupportedAttentionError("attention outside transformers' interface")
         return step.last_hidden_state[0], state.captured
 
@@ -109,7 +110,7 @@ class Forward:
                 self.mode = mode
                 try:
                     hidden, _ = self.hidden(pack, [self.trunk(ids[:kept])])
-                except (UnsupportedAttentionError, TypeError, AttributeError, IndexError, KeyError):
+                except (UnsupportedAttentionError, TypeError, AttributeError, IndexError, KeyError, ValueError):
                     # Not every family's layers take packed tokens, or a cache of keys and values.
                     continue
                 rows = hidden[: pack.used]

@@ -106,7 +106,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     # Set in each lane: OpenMP keeps the number for the thread that sets it. Torch also notes it for threads to come,
     # so the caller's own number is set again.
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(_LANES, "lane", initializer=lambda: torch.set_num_threads(threads))
+
+    def set_threads() -> None:
+        # Asking first: a thread takes torch's number over when it first needs one, and would undo what is set here.
+        torch.get_num_threads()
+        torch.set_num_threads(threads)
+
+    pool = ThreadPoolExecutor(_LANES, "lane", initializer=set_threads)
     # All lanes at once, or the first would answer for the second, which would set its threads later.
     barrier = Barrier(_LANES)
     list(pool.map(lambda _: barrier.wait(), range(_LANES)))

@@ -177,13 +177,18 @@ def split(jobs: Sequence[Job], max_rows: int, multiple: int) -> list[list[Job]]:
     ordered = sorted(jobs, key=lambda j: (j.trunk, len(j.tokens)))
     total = sum(len(j.tokens) for j in ordered)
     # A pass may hold one job more than its share.
-    share = max(1, max_rows - max(len(j.tokens) for j in ordered))
+    share = max(max_rows - max(len(j.tokens) for j in ordered), max_rows // 2, 1)
     fewest = 1 if total <= max_rows else -(-total // share)
     count = max(fewest, min(-(-fewest // multiple) * multiple, total // _WORTH_A_PASS))
-    passes: dict[int, list[Job]] = {}
-    before = 0
+    passes: list[list[Job]] = [[]]
+    filled = before = 0
     for job in ordered:
-        middle = before + len(job.tokens) / 2
-        passes.setdefault(int(middle * count / total), []).append(job)
-        before += len(job.tokens)
-    return list(passes.values())
+        size = len(job.tokens)
+        due = before + size / 2 > total / count * len(passes)
+        if passes[-1] and (due or filled + size > max_rows):
+            passes.append([])
+            filled = 0
+        passes[-1].append(job)
+        filled += size
+        before += size
+    return passes
