@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed.bench import DisagreementError, require_same
+from benchmarks.speed.bench import DisagreementError, require_all_scored, require_same
 from benchmarks.speed.legacy_folder import legacy_folder
 from benchmarks.speed.ratios import Pair, close_losses, spread
 from benchmarks.speed.store import Store
@@ -23,6 +23,7 @@ from benchmarks.speed.tasks import (
     tokens_before,
 )
 from benchmarks.speed.worker import Prompt, Run, measured
+from benchmarks.speed.worker_ours import Ours
 from trigger_opt import zoo
 from trigger_opt.errors import UserError
 from trigger_opt.prompts import encode
@@ -68,6 +69,21 @@ def test_engines_must_work_on_the_same_thing() -> None:
         require_same("peer", replace(RUN, prompt=replace(PROMPT, before=[2])), RUN)
     with pytest.raises(DisagreementError, match=r"3\.1000, ours 2\.7000"):
         require_same("peer", replace(RUN, first_loss=3.1), RUN)
+
+
+def test_every_step_scores_what_it_is_given() -> None:
+    require_all_scored("peer", RUN, 8)
+    with pytest.raises(DisagreementError, match="peer scored 0 strings in a step of 8"):
+        require_all_scored("peer", replace(RUN, candidates=[8, 0]), 8)
+
+
+def test_our_steps_begin_anew_each_time(tokenizer: Any) -> None:
+    ours = Ours()
+    ours.load(str(zoo.folder("zoo:smollm2-135m-instruct")), "bfloat16", "default")
+    ours.prepare(make_task(tokenizer, parse_shape("4x2"), [short_user()], width=8))
+    first, again = ours.steps(2, warm=0), ours.steps(2, warm=0)
+    assert first.candidates == again.candidates
+    require_all_scored("ours", again, 8)
 
 
 @pytest.mark.parametrize("length", [1, 8, 20])

@@ -100,6 +100,16 @@ def require_same(name: str, peer: Run, ours: Run) -> None:
         )
 
 
+def require_all_scored(name: str, run: Run, width: int) -> None:
+    """Each counted step scored the candidates it was given; a few may be drawn twice.
+
+    Raises:
+        DisagreementError: a step was cheaper than it should be, say because scores were remembered.
+    """
+    if (fewest := min(run.candidates)) < 0.9 * width:
+        raise DisagreementError(f"{name} scored {fewest} strings in a step of {width}: its time says nothing")
+
+
 def engine_facts(runs: Sequence[Run], memory: dict[str, int], versions: dict[str, str]) -> dict[str, Any]:
     """What is kept of one engine: median seconds of a step, candidates a second, bytes, versions."""
     seconds = median(s for run in runs for s in run.seconds)

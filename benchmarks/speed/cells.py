@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.speed.bench import OURS, Bench, engine_facts, require_same
+from benchmarks.speed.bench import OURS, Bench, engine_facts, require_all_scored, require_same
 from benchmarks.speed.client import Worker, WorkerError
 from benchmarks.speed.ratios import Pair, spread
 from benchmarks.speed.store import Record, Store
@@ -60,6 +60,8 @@ def measure_cell(bench: Bench, peer: str, task: Task, settings: dict[str, Any]) 
         for number in range(settings["pairs"]):
             runs.append(_in_turns(their, our, settings["steps"], peer_first=number % 2 == 0))
             require_same(peer, *runs[-1])
+            for name, run in zip((peer, OURS), runs[-1], strict=True):
+                require_all_scored(name, run, task.width)
         their_memory, our_memory = their.memory(), our.memory()
     pairs = [Pair(peer=t.seconds, ours=o.seconds, peer_first=n % 2 == 0) for n, (t, o) in enumerate(runs)]
     ratio = spread([p.ratio for p in pairs])

@@ -14,6 +14,7 @@ from benchmarks.speed.worker import Prompt, Run, Task, differences, measured, se
 from trigger_opt.api import load_pair, pair_scorer
 from trigger_opt.models.pair import LoadOptions
 from trigger_opt.objectives import TargetLikelihood
+from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.prompts import Context, decode, encode, round_trips, tokenize_context
 from trigger_opt.search import GCG, Step
 from trigger_opt.search.loop import Searcher
@@ -48,8 +49,6 @@ class Ours:
             trigger_length=len(trigger), num_steps=_NEVER, num_restarts=1, search_width=task.width + 1,
             topk=task.topk, buffer_size=1, contexts_per_step=len(task.users), check_every=_NEVER, stop_rate=2.0,
         )  # fmt: skip
-        pair = replace(self._pair, finetuned=self._model, base=self._model)
-        self._scorer = pair_scorer(pair, self._contexts, TargetLikelihood(target_tokens=len(target)), target)
         self._allowed = allowed_ids(self._tokenizer, TokenPolicy(), self._model.vocab_size)
 
     def steps(self, count: int, warm: int) -> Run:
@@ -77,11 +76,18 @@ class Ours:
         run = self._search(reached, warm=0)
         return {**asdict(run), "rescored": exact, "reached": exact[-1] <= loss}
 
+    def _new_scorer(self) -> PairScorer:
+        target = self._prompt.target
+        pair = replace(self._pair, finetuned=self._model, base=self._model)
+        return pair_scorer(pair, self._contexts, TargetLikelihood(target_tokens=len(target)), target)
+
     def _rescorer(self) -> Rescorer:
         (user,) = self._task.users
         return Rescorer(self._folder, user, self._task.target)
 
     def _search(self, enough: Callable[[Sequence[Step]], bool], *, warm: int) -> Run:
+        # A scorer remembers its scores: kept from a run with the same seed, it would have nothing left to do.
+        self._scorer = self._new_scorer()
         clock = _Clock()
         done: list[Step] = []
         generator = torch.Generator().manual_seed(self._task.seed)
