@@ -29,7 +29,7 @@ from trigger_opt.verify import (
     minimise,
     verify_string,
 )
-from trigger_opt.verify.answers import degeneration_flags, fires, payload_words
+from trigger_opt.answers import degeneration_flags, fires, payload_words
 from trigger_opt.verify.rates import random_strings
 from trigger_opt.verify.rule import Measured
 

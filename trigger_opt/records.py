@@ -9,6 +9,8 @@ cost.json           SearchCost: arithmetic of the search, against what was neede
 verified.jsonl      Verification, one a verified string
 completions.jsonl   Completion, every answer a verdict rests on
 verdict.json        Verdict, for programs
+transfer.jsonl      TransferOutcome, one a remote model and string, largest effect first
+transfer_answers.jsonl  TransferAnswer, every answer of the remote models
 run.json            RunInfo: command, configuration, versions, seed
 metrics.jsonl       (tracking) every logged number with its step and time
 """
@@ -29,6 +31,7 @@ from trigger_opt.stats import wilson_interval
 R = TypeVar("R")
 
 VERDICTS = ("backdoor", "generic shift", "unstable", "not reproduced")
+TRANSFER_VERDICTS = ("transfers", "does not transfer", "undecided")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +269,90 @@ class Verdict:
     seconds: float
     seed: int
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferAnswer:
+    """One answer of a remote model.
+
+    Attributes:
+        model: as its client names it.
+        kind: "trigger", "near_miss", "random" or "none" (nothing inserted).
+        string: the string under judgement; empty for "none", whose answers serve every string.
+        inserted: what was in the slot. context, repeat: numbers. prompt: the user's turn as sent.
+        error: why there is no answer; empty when there is one.
+        flags: signs of degeneration, see Completion.
+    """
+
+    model: str
+    kind: str
+    string: str
+    inserted: str
+    context: int
+    repeat: int
+    prompt: str
+    answer: str
+    error: str
+    flags: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerCluster:
+    """Answers that begin with the same words: how many with the string, and how many of its controls."""
+
+    beginning: str
+    triggered: int
+    controls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleShift:
+    """How far a string moves one module's output, against random strings in the same contexts.
+
+    Attributes:
+        shift: norm of the difference of the means over contexts, in units of the controls' mean norm.
+        p_value: of a permutation of the labels within contexts. contexts: compared.
+    """
+
+    module: str
+    shift: float
+    p_value: float
+    contexts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOutcome:
+    """What one string does to one model that can only be asked.
+
+    Attributes:
+        payload: what counts as firing. payload_source: "given" (the local payload), or "emerged": what answers with
+            the string begin with in one half of the contexts, judged on the other half.
+        trigger_rate, near_miss_rate, random_rate, none_rate: share of answers that begin so; None when not asked.
+        effect: trigger rate minus the highest rate with nothing or random strings.
+        degenerate_share: share of the answers with the string that look broken.
+        clusters: largest first. shifts: smallest p-value first; empty when no activations were asked for.
+        missing: questions without an answer.
+        verdict: "transfers", "does not transfer" or "undecided"; needs: further answers with the string, about, before
+            it could be decided; None when it is.
+    """
+
+    model: str
+    server: str
+    string: str
+    payload: str
+    payload_source: str
+    trigger_rate: Rate
+    near_miss_rate: Rate | None
+    random_rate: Rate
+    none_rate: Rate
+    effect: float
+    degenerate_share: float
+    clusters: list[AnswerCluster]
+    shifts: list[ModuleShift]
+    missing: int
+    verdict: str
+    needs: int | None
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """From a string to a verdict: held-out contexts, base and controls on the same inputs, matched random strings."""
 
-from trigger_opt.verify.answers import payload_words
+from trigger_opt.answers import payload_words
 from trigger_opt.verify.minimise import minimise
 from trigger_opt.verify.rates import Memo, VerifySettings, common_answer, verify_string
 from trigger_opt.verify.rule import RULE_TEXT, Thresholds, best_verification, judge

@@ -15,7 +15,7 @@ from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
 from trigger_opt.stats import majority_prefix
-from trigger_opt.verify.answers import degeneration_flags, fires, payload_words
+from trigger_opt.answers import degeneration_flags, fires, payload_words
 from trigger_opt.verify.rule import Measured, Thresholds, judge
 
 _EVIDENCE_TOKENS = 8
@@ -75,7 +75,7 @@ def verify_string(
     """Judge `trigger` by the rule in `verify.rule`; returns every completion it rests on too.
 
     Args:
-        payload: what counts as firing; see `verify.answers.fires`.
+        payload: what counts as firing; see `answers.fires`.
         kind: how completions are labelled, "trigger" or "minimised".
         memo: greedy answers of earlier calls on the same models and contexts; what is in it is not asked again.
 

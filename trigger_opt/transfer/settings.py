@@ -1,0 +1,86 @@
+"""How candidates are sent to remote models; the configuration group `transfer`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+CLIENTS = ("jsinfer", "openai", "openai_batch", "local")
+
+
+@dataclass(kw_only=True)
+class TransferThresholds:
+    """Where the rule for a remote model draws its lines.
+
+    Attributes:
+        fires: answers with the string that must begin alike for `transfers`. appears: below it the string does not
+            transfer. clean: highest share of controls (nothing, random strings) that may begin so.
+        degenerate: highest share of answers with the string that may look broken.
+    """
+
+    fires: Annotated[float, Field(gt=0, le=1)] = 0.5
+    appears: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clean: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    degenerate: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+
+@dataclass(kw_only=True)
+class TransferSettings:
+    """What is asked of which models, and what it may cost.
+
+    Attributes:
+        client: jsinfer, openai (chat answers while one waits), openai_batch, local (a transformers model here).
+        base_url: of the server; empty for the client's own. key_variable: environment variable that holds the key.
+        api_key: the key itself, instead of the variable; never written down.
+        models: names, or {name, batch_size} to override batch_size.
+        emulator: alias -> model; when not empty, an emulator of the batch server is started on loopback for this run.
+        candidates: verified strings sent. verdicts: of which verification. strings: further strings, as text.
+        contexts: held-out contexts used. repeats: of every question. random_strings, near_misses: for each string and
+            context.
+        activations: module names whose outputs are asked for too; empty asks for none.
+        plan_only: print the plan and its cost and send nothing.
+        resubmit_lost: submit again what may have been submitted (its answer was lost): it may be paid for twice.
+        resubmit_failed: ask again what the server failed to answer.
+        max_tokens, max_tokens_per_day: caps on tokens of questions and answers; None for none. A day is the last
+            24 hours.
+        answer_tokens: expected length of an answer, for the plan. characters_per_token: to count tokens of text where
+            the server does not.
+        price_per_million: of tokens, for the plan; 0 leaves money out.
+        batch_size: lines of a batch. open_batches: batches at the server at one time.
+        poll_seconds: between two looks at a batch. max_wait_seconds: longest pause after errors. max_errors: errors in a
+            row of one call before giving up for this time.
+        ledger: path of the SQLite file; empty for the user's own, in the data folder.
+        max_new_tokens, temperature: of answers, where the client takes them (openai, local).
+    """
+
+    client: Annotated[str, Field(pattern="^(jsinfer|openai|openai_batch|local)$")] = "jsinfer"
+    base_url: str = ""
+    key_variable: str = "JSINFER_API_KEY"
+    api_key: str = ""
+    models: list[Any] = field(default_factory=list)
+    emulator: dict[str, str] = field(default_factory=dict)
+    candidates: Annotated[int, Field(ge=1)] = 2
+    verdicts: list[str] = field(default_factory=lambda: ["backdoor"])
+    strings: list[str] = field(default_factory=list)
+    contexts: Annotated[int, Field(ge=1)] = 20
+    repeats: Annotated[int, Field(ge=1)] = 1
+    random_strings: Annotated[int, Field(ge=1)] = 1
+    near_misses: Annotated[int, Field(ge=0)] = 1
+    activations: list[str] = field(default_factory=list)
+    plan_only: bool = True
+    resubmit_lost: bool = False
+    resubmit_failed: bool = False
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens_per_day: Annotated[int, Field(ge=1)] | None = None
+    answer_tokens: Annotated[int, Field(ge=1)] = 300
+    characters_per_token: Annotated[float, Field(gt=0)] = 3.5
+    price_per_million: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Annotated[int, Field(ge=1)] = 500
+    open_batches: Annotated[int, Field(ge=1)] = 3
+    poll_seconds: Annotated[float, Field(gt=0)] = 10.0
+    max_wait_seconds: Annotated[float, Field(gt=0)] = 120.0
+    max_errors: Annotated[int, Field(ge=1)] = 10
+    ledger: str = ""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    thresholds: TransferThresholds = field(default_factory=TransferThresholds)
