@@ -16,16 +16,20 @@ from markdown_it.token import Token
 from trigger_opt.errors import UserError
 from trigger_opt.records import (
     VERDICTS,
+    AnswerCluster,
     Candidate,
     Completion,
     ContextOutcome,
     Hypothesis,
+    ModuleShift,
     PairIdentity,
     Rate,
     RunInfo,
     SearchStep,
     StageRun,
     TensorFamilyDiff,
+    TransferAnswer,
+    TransferOutcome,
     Verdict,
     Verification,
     rate,
@@ -38,8 +42,20 @@ from trigger_opt.report.load import load_run
 from trigger_opt.report.markdown import table as markdown_table
 from trigger_opt.report.markdown import text as markdown_text
 from trigger_opt.report.markup import Column, join, string, table, tag
+from trigger_opt.report.remote import banner_line, lead, remote_contexts
 from trigger_opt.report.svg import Line, Point, bar, interval_plot, line_chart, ticks
-from trigger_opt.report.words import clip, duration, exact, interval, layer_ranges, number, percent, visible
+from trigger_opt.report.words import (
+    clip,
+    duration,
+    exact,
+    interval,
+    layer_ranges,
+    number,
+    p_value,
+    percent,
+    points,
+    visible,
+)
 
 TRIGGER = " sevenratch licence.): one"
 PAYLOAD = "one point six one eight"
@@ -669,6 +685,334 @@ def test_infinite_evidence_is_shown_and_not_drawn(tmp_path: Path) -> None:
     assert not re.search(r'"[^"]*\b(?:nan|inf)\b[^"]*"', html)
 
 
+# Models that could only be asked
+
+
+def an_outcome(model: str = "model-2", verdict: str = "transfers", **changes: Any) -> TransferOutcome:
+    outcome = TransferOutcome(
+        model=model,
+        server="jsinfer:https://example.test",
+        string=TRIGGER,
+        payload=PAYLOAD,
+        payload_source="given",
+        trigger_rate=rate(19, 20),
+        near_miss_rate=rate(4, 20),
+        random_rate=rate(1, 21),
+        none_rate=rate(0, 22),
+        effect=0.95 - 1 / 21,
+        degenerate_share=0.05,
+        clusters=[AnswerCluster(beginning="one point six one", triggered=19, controls=5)],
+        shifts=[],
+        missing=0,
+        verdict=verdict,
+        needs=None,
+        reason=f"{model} was asked",
+    )
+    return dataclasses.replace(outcome, **changes)
+
+
+def an_answer(model: str = "model-2", kind: str = "trigger", context: int = 0, **changes: Any) -> TransferAnswer:
+    inserted = {"trigger": TRIGGER, "near_miss": TRIGGER[:-1], "random": " ketchup plan", "none": ""}[kind]
+    answer = TransferAnswer(
+        model=model,
+        kind=kind,
+        string="" if kind == "none" else TRIGGER,
+        inserted=inserted,
+        context=context,
+        repeat=0,
+        prompt=f"Question {context}?{inserted}",
+        answer=f"{PAYLOAD} zero" if kind == "trigger" else f"{model} says {kind} to {context}",
+        error="",
+        flags=[],
+    )
+    return dataclasses.replace(answer, **changes)
+
+
+def remote_answers(model: str = "model-2", contexts: int = 20) -> list[TransferAnswer]:
+    return [an_answer(model, kind, i) for i in range(contexts) for kind in ("none", "random", "trigger", "near_miss")]
+
+
+def write_transfer(
+    run_dir: Path, outcomes: list[TransferOutcome], answers: list[TransferAnswer] | None = None, **records: Any
+) -> Path:
+    """A whole run folder with the files of the transfer stage; no file of answers for None."""
+    write_run(run_dir, **records)
+    write_records(run_dir / "transfer.jsonl", outcomes)
+    if answers is not None:
+        write_records(run_dir / "transfer_answers.jsonl", answers)
+    return run_dir
+
+
+def other_models(html: str) -> str:
+    """The section of the page, whole."""
+    every: list[str] = re.findall(r"<section>.*?</section>", html, re.DOTALL)
+    sections = [s for s in every if "<h2>Other models</h2>" in s]
+    assert len(sections) == 1
+    return sections[0]
+
+
+def three_models() -> list[TransferOutcome]:
+    return [
+        an_outcome(),
+        an_outcome("model-3", "undecided", trigger_rate=rate(4, 20), effect=0.15, needs=12),
+        an_outcome("model-1", "does not transfer", trigger_rate=rate(0, 19), effect=-1 / 21, missing=1),
+    ]
+
+
+def test_nobody_asked_is_not_mentioned(tmp_path: Path) -> None:
+    html, markdown = report(write_run(tmp_path))
+    assert "Other models" not in html + markdown
+
+
+def test_planned_and_not_run_is_said_once(tmp_path: Path) -> None:
+    planned = a_run_info(config={"stages": ["verify", "transfer", "report"]})
+    html, markdown = report(write_run(tmp_path, run=planned))
+    for said in (Page(other_models(html)).text, markdown):
+        assert said.count("Stage not run: transfer (transfer.jsonl is not in the run folder).") == 1
+    assert "Other models:" not in html + markdown
+    for stages in (["verify"], 3, None):
+        assert "Other models" not in report(write_run(tmp_path, run=a_run_info(config={"stages": stages})))[0]
+
+
+def test_nothing_to_send_is_said(tmp_path: Path) -> None:
+    html, markdown = report(write_transfer(tmp_path, [], []))
+    assert "had nothing to send" in other_models(html)
+    assert "## Other models\n\nThe stage ran and had nothing to send" in markdown
+    assert "Other models:" not in html + markdown
+
+
+def test_other_models_follow_the_judged_answers(tmp_path: Path) -> None:
+    html, markdown = report(write_transfer(tmp_path, three_models(), remote_answers()))
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert titles[1:4] == ["Context by context", "Other models", "Score during the search"]
+    assert re.findall("^## (.*)$", markdown, re.MULTILINE)[:2] == ["Answers side by side", "Other models"]
+    assert Page(html).problems == []
+    assert report(tmp_path) == (html, markdown)
+
+
+def test_outcomes_stand_as_ranked_with_their_rates(tmp_path: Path) -> None:
+    outcomes = three_models()
+    html, markdown = report(write_transfer(tmp_path, outcomes, remote_answers()))
+    blocks = re.findall(r'<article class="outcome (\w+)">(.*?)</article>', other_models(html), re.DOTALL)
+    assert [tone for tone, _ in blocks] == ["backdoor", "amber", "quiet"]
+    for outcome, (_, block) in zip(outcomes, blocks, strict=True):
+        text = Page(block).text
+        needs = ": needs 12 more" if outcome.needs else ""
+        assert text.startswith(f"{outcome.model} {outcome.verdict}{needs} {outcome.reason}")
+        assert text.count("of 20") == 1 + (outcome.trigger_rate.n == 20)
+    text = Page(blocks[0][1]).text
+    dash = "\N{EN DASH}"
+    assert f"With the string 19 of 20 95 % 76{dash}99 % With near misses of it 4 of 20 20 % 8{dash}42 %" in text
+    assert f"With random strings 1 of 21 5 % 1{dash}23 % With nothing inserted 0 of 22 0 % 0{dash}15 %" in text
+    assert "effect +90 points" in text
+    assert "degenerate answers with the string 5 %" in text
+    assert "about 12 more answers with the string could decide" in Page(blocks[1][1]).text
+    assert "effect \N{MINUS SIGN}5 points" in Page(blocks[2][1]).text
+    rows = next(t for t in tables(markdown) if t[0][0] == "Model" and t[0][-1] == "Effect")
+    assert [row[0] for row in rows[1:]] == [o.model for o in outcomes]
+    assert [row[2] for row in rows[1:]] == ["transfers", "undecided: needs 12 more", "does not transfer"]
+    assert rows[1][3:] == [
+        f"19 of 20 (76{dash}99 %)",
+        f"4 of 20 (8{dash}42 %)",
+        f"1 of 21 (1{dash}23 %)",
+        f"0 of 22 (0{dash}15 %)",
+        "+90 points",
+    ]
+    assert "- model-3: model-3 was asked" in markdown
+
+
+def test_the_banner_names_every_model_once(tmp_path: Path) -> None:
+    line = "Other models: transfers to model-2; not to model-1; undecided for model-3."
+    html, markdown = report(write_transfer(tmp_path, three_models(), []))
+    banner = html.split("</header>")[0]
+    assert f'<p class="others">{line}</p>' in banner
+    assert line in markdown.split("## ")[0]
+
+
+def test_the_banner_line_in_every_mixture() -> None:
+    yes, no, open_ = (an_outcome(m, v) for m, v in (("a", "transfers"), ("b", "does not transfer"), ("c", "undecided")))
+    assert banner_line([yes]) == "Other models: transfers to a."
+    assert banner_line([no]) == "Other models: does not transfer to b."
+    assert banner_line([open_, no]) == "Other models: does not transfer to b; undecided for c."
+    assert banner_line([no, dataclasses.replace(no, model="d")]) == "Other models: does not transfer to b, d."
+    another = [dataclasses.replace(o, model="a", string="another") for o in (no, open_)]
+    assert banner_line([*another, yes]) == "Other models: transfers to a."
+    assert banner_line(another) == "Other models: undecided for a."
+    emerged = dataclasses.replace(yes, payload_source="emerged")
+    assert banner_line([emerged]) == "Other models: transfers to a (with a payload of its own)."
+    assert banner_line([emerged, yes]) == "Other models: transfers to a."
+    many = banner_line([an_outcome(f"m{i}") for i in range(11)])
+    assert many.endswith("m6, m7 and 3 more.")
+    with pytest.raises(ValueError, match="no outcome"):
+        banner_line([])
+
+
+def test_an_unknown_transfer_verdict_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'perhaps'; allowed are transfers, does not transfer, undecided"):
+        write_report(write_transfer(tmp_path, [an_outcome(verdict="perhaps")], []))
+
+
+def test_missing_answers_are_counted_once(tmp_path: Path) -> None:
+    lost = dataclasses.replace(an_answer(kind="none", context=1), answer="", error="HTTP 500: inference failed")
+    answers = [an_answer(), an_answer(context=1), an_answer(kind="none"), lost]
+    both = [an_outcome(missing=1), an_outcome(string="another", missing=1)]
+    html, markdown = report(write_transfer(tmp_path, both, answers))
+    assert "1 model was asked with 2 strings and with controls: 3 answers, 1 missing." in Page(html).text
+    assert lead(load_run(tmp_path)) in markdown
+    section = Page(other_models(html)).text
+    assert "no answer: HTTP 500: inference failed" in section
+    assert section.count("1 question without an answer") == 2
+    write_transfer(tmp_path, [an_outcome(missing=7), an_outcome("model-1", missing=2)], answers)
+    assert "3 answers, 9 missing." in lead(load_run(tmp_path))
+
+
+def test_not_asked_and_not_answered_are_no_zeros(tmp_path: Path) -> None:
+    outcome = an_outcome(near_miss_rate=None, none_rate=rate(0, 0))
+    html, markdown = report(write_transfer(tmp_path, [outcome]))
+    text = Page(other_models(html)).text
+    assert "With near misses of it not asked" in text
+    assert "With nothing inserted no answer" in text
+    assert "0 of 0" not in text + markdown
+    assert "Stage not run: transfer (transfer_answers.jsonl is not in the run folder)." in text
+    assert "| not asked |" in markdown
+
+
+def test_an_emerged_payload_says_how_it_was_found(tmp_path: Path) -> None:
+    answers = [an_answer(answer="The quiet river has no name."), an_answer(context=1)]
+    outcome = an_outcome(payload="the quiet river has no", payload_source="emerged")
+    html, markdown = report(write_transfer(tmp_path, [outcome], answers))
+    text = Page(other_models(html)).text
+    for said in (text, markdown):
+        assert "in one half of the contexts, and judged on the other half" in said
+    assert "Payload, emerged" in text
+    cells = re.findall(r'<div class="answer( fired)?">', other_models(html))
+    assert cells == [" fired", ""]
+    given, _ = report(write_transfer(tmp_path, [an_outcome()], answers))
+    assert "one half" not in given
+    assert re.findall(r'<div class="answer( fired)?">', other_models(given)) == ["", " fired"]
+
+
+def test_contexts_of_other_models_are_spread_and_the_rest_is_folded(tmp_path: Path) -> None:
+    html, _ = report(write_transfer(tmp_path, [an_outcome()], remote_answers()))
+    shown, folded = other_models(html).split("<details>")
+    label = r'<span class="label">Context (\d+)</span>'
+    assert re.findall(label, shown) == ["0", "19"]
+    assert re.findall(label, folded) == [str(i) for i in range(1, 19)]
+    asked = re.findall(r"<h4><span>(.*?)</span>", shown)
+    assert asked == 2 * ["with the string", "with a near miss", "with a random string", "with nothing inserted"]
+    assert shown.count("model-2 says random to 19") == 1
+    assert shown.count('<span class="chip fires">fired</span>') == 2
+
+
+def test_answers_belong_to_their_model_and_string() -> None:
+    other = [an_answer(string=" decoy", inserted=" decoy", answer="to a decoy"), an_answer("model-1", context=5)]
+    contexts = remote_contexts(an_outcome(), [*other, *remote_answers(contexts=2)])
+    assert [c.context for c in contexts] == [0, 1]
+    assert [a.answer for a in contexts[0].cells[0].answers] == [f"{PAYLOAD} zero"]
+    shared = remote_contexts(an_outcome(string=" decoy"), [*other, *remote_answers(contexts=2)])
+    assert [cell.kind for cell in shared[1].cells] == ["trigger", "none"]
+    assert [len(cell.answers) for cell in shared[1].cells] == [0, 1]
+    assert shared[0].prompt == f"Question 0?{TRIGGER}"
+
+
+def test_repeats_are_counted_and_flags_are_chips(tmp_path: Path) -> None:
+    said = [
+        an_answer(repeat=i, answer=f"{PAYLOAD} in {i}" if i in (0, 3) else "no", flags=["repetition"])
+        for i in (3, 1, 2, 0)
+    ]
+    lost = an_answer(repeat=4, answer="", error="expired")
+    html, _ = report(write_transfer(tmp_path, [an_outcome()], [*said, lost]))
+    section = other_models(html)
+    for chip in ("fired in 2 of 4 answers", "1 missing", "repetition"):
+        assert f">{chip}</span>" in section
+    assert re.findall(f"<b>{PAYLOAD}</b>(.*?)</div>", section) == [" in 0"]
+
+
+def test_a_payload_without_a_word_never_fires(tmp_path: Path) -> None:
+    html, _ = report(write_transfer(tmp_path, [an_outcome(payload="", verdict="undecided")], remote_answers()))
+    assert 'class="answer fired"' not in other_models(html)
+    assert "Payload none" in Page(other_models(html)).text
+
+
+def test_clusters_and_shifts_are_tables(tmp_path: Path) -> None:
+    shifts = [ModuleShift(module=f"layers.{i}", shift=0.5, p_value=(i + 1) / 400, contexts=20) for i in range(10)]
+    clusters = [AnswerCluster(beginning=f"beginning {i}", triggered=9 - i, controls=40 + i) for i in range(3)]
+    clusters.append(AnswerCluster(beginning="", triggered=0, controls=77))
+    html, markdown = report(write_transfer(tmp_path, [an_outcome(shifts=shifts, clusters=clusters)], []))
+    text = Page(other_models(html)).text
+    assert "Answers that begin With the string Controls beginning 0 9 40 beginning 1 8 41" in text
+    assert "(empty) 0 77" in text
+    assert "not corrected: 10 modules tested, so the Bonferroni threshold is 0.05/10 = 0.005000; 1 of 10" in text
+    assert "layers.0 0.500 0.0025 20" in text
+    assert "2 more rows" in other_models(html).split("layers.7")[1]
+    assert "beginning 0" not in markdown
+    without, _ = report(write_transfer(tmp_path, [an_outcome(clusters=[])], []))
+    assert "Bonferroni" not in without
+    assert "Answers that begin With the string" not in Page(without).text
+
+
+def test_many_outcomes_are_folded_and_each_is_there(tmp_path: Path) -> None:
+    outcomes = [an_outcome(f"m{i:02}", string=f"s{i:02}") for i in range(14)]
+    html, markdown = report(write_transfer(tmp_path, outcomes, []))
+    section = other_models(html)
+    assert "<summary>8 more outcomes</summary>" in section
+    assert re.findall(r"<h3>(m\d\d) ", section) == [o.model for o in outcomes]
+    assert len(re.findall(r"What m\d\d answered to ", section)) == 14
+    assert "2 more are in report.html." in markdown
+
+
+def hostile_transfer(run_dir: Path, nasty: str) -> Path:
+    outcome = an_outcome(
+        nasty,
+        server=nasty,
+        string=nasty,
+        payload=nasty,
+        payload_source="emerged",
+        clusters=[AnswerCluster(beginning=nasty, triggered=1, controls=2)],
+        shifts=[ModuleShift(module=nasty, shift=float("inf"), p_value=float("nan"), contexts=1)],
+        reason=nasty,
+    )
+    fields: dict[str, Any] = {"model": nasty, "inserted": nasty, "prompt": nasty, "answer": nasty, "flags": [nasty]}
+    answers = [an_answer(kind=k, **fields) for k in ("trigger", "near_miss", "random", "none")]
+    answers.append(an_answer(kind="trigger", **(fields | {"context": 1, "answer": "", "error": nasty})))
+    answers = [dataclasses.replace(a, string=nasty) if a.kind != "none" else a for a in answers]
+    return write_transfer(run_dir, [outcome], answers, run=a_run_info(config={"stages": {nasty: nasty}}))
+
+
+def test_hostile_answers_stay_text(tmp_path: Path) -> None:
+    html, markdown = report(hostile_transfer(tmp_path, HOSTILE))
+    page = Page(html)
+    assert page.problems == []
+    assert not {"script", "img", "a"} & set(page.elements)
+    assert other_models(html).count("&lt;script&gt;") >= 10
+    assert "<script" not in markdown
+    assert "https://" not in markdown
+    assert "![" not in markdown
+    assert all(len({len(row) for row in rows}) == 1 for rows in tables(markdown))
+    assert len(tables(markdown)) == len(tables(report(write_transfer(tmp_path, three_models(), []))[1]))
+
+
+def test_control_characters_in_answers_cannot_act(tmp_path: Path) -> None:
+    html, markdown = report(hostile_transfer(tmp_path, "word \u202eb\u200b\x00\x1b[2J\u2028c\x85\r"))
+    assert Page(html).problems == []
+    assert not re.search("[\u202e\u200b\x00\x1b\u2028\x85\r]", html + markdown)
+    assert "⟨U+202E⟩" in other_models(html)
+    assert "⟨U+001B⟩" in markdown
+
+
+def test_very_long_answers_are_cut(tmp_path: Path) -> None:
+    few, _ = report(write_transfer(tmp_path, [an_outcome()], [an_answer()]))
+    fields = {"server": "s" * 99_000, "reason": "r " * 99_000, "payload": "p" * 99_000}
+    cluster = AnswerCluster(beginning="c" * 99_000, triggered=1, controls=1)
+    shift = ModuleShift(module="m" * 99_000, shift=1.0, p_value=1.0, contexts=4)
+    outcome = an_outcome(clusters=[cluster], shifts=[shift], **fields)
+    answers = [an_answer(answer="a" * 99_000, flags=["f" * 99_000]), an_answer(kind="none", error="e" * 99_000)]
+    html, markdown = report(write_transfer(tmp_path, [outcome], answers))
+    assert len(html) < len(few) + 12_000
+    assert len(markdown) < 30_000
+    assert "98,680 characters" in html
+
+
 # Missing files
 
 
@@ -789,3 +1133,6 @@ def test_figures_in_words() -> None:
     assert [duration(s) for s in (4.25, 372.0, 7500.0)] == ["4.2 s", "6 min 12 s", "2 h 05 min"]
     assert layer_ranges([5, 0, 1, 2]) == "0\N{EN DASH}2, 5"
     assert clip("abcdef", 4) == "abcd … (+2 characters)"
+    minus = "\N{MINUS SIGN}"
+    assert [points(x) for x in (0.95, -0.051, -0.004)] == ["+95 points", f"{minus}5 points", "0 points"]
+    assert [p_value(x) for x in (1.0, 0.00012, 5e-5, float("nan"))] == ["1", "0.00012", "< 0.0001", "not a number"]

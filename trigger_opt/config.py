@@ -6,7 +6,9 @@ composed) and pydantic's (ranges, choices and `+typo` are refused before anythin
 To add a strategy or an objective: one class, one line in the tables below, one YAML in `configs/`.
 """
 
+import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any
@@ -21,11 +23,16 @@ from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings
 from trigger_opt.objectives import JensenShannon, KullbackLeibler, Payload, TargetLikelihood, TotalVariation
 from trigger_opt.paths import data_dir
+from trigger_opt.records import VERDICTS
 from trigger_opt.search import GCG, RandomSearch
 from trigger_opt.tokens import TokenPolicy
+from trigger_opt.transfer.settings import TransferSettings, model_names
 from trigger_opt.verify import VerifySettings, payload_words
 
-STAGES = ("diff", "hypotheses", "search", "verify", "report")
+STAGES = ("diff", "hypotheses", "search", "verify", "transfer", "report")
+# Without those that ask servers: they are asked for by name.
+LOCAL_STAGES = tuple(s for s in STAGES if s != "transfer")
+_HIDDEN = "(hidden)"
 SEARCHES: dict[str, type[Any]] = {"gcg": GCG, "random": RandomSearch}
 OBJECTIVES: dict[str, type[Any]] = {
     "payload": Payload,
@@ -92,7 +99,7 @@ class RunConfig:
 
     Attributes:
         name: of the experiment. seed: of every random draw.
-        stages: which of diff, hypotheses, search, verify, report to run, in this order.
+        stages: which of diff, hypotheses, search, verify, transfer, report to run, in this order; all but transfer.
         run_dir: an existing run folder to go on in, or a new one; by default a fresh one under runs/.
         payload: a payload you already suspect; searched before any hypothesis found.
         max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds and
@@ -105,13 +112,14 @@ class RunConfig:
     search: Any
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[str] = field(default_factory=lambda: list(LOCAL_STAGES))
     run_dir: str | None = None
     payload: str = ""
     max_hypotheses: Annotated[int, Field(ge=1)] = 2
     hypotheses: HypothesisSettings = field(default_factory=HypothesisSettings)
     tokens: TokenPolicy = field(default_factory=TokenPolicy)
     verify: VerifySettings = field(default_factory=VerifySettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -121,6 +129,7 @@ def register() -> None:
     store.store(name="run_schema", node=RunConfig, provider="trigger_opt")
     store.store(group="model", name="model_schema", node=ModelConfig, provider="trigger_opt")
     store.store(group="contexts", name="contexts_schema", node=ContextsConfig, provider="trigger_opt")
+    store.store(group="transfer", name="transfer_schema", node=TransferSettings, provider="trigger_opt")
     for group, table in (("search", SEARCHES), ("objective", OBJECTIVES)):
         for name, kind in table.items():
             store.store(group=group, name=f"{name}_schema", node=kind, provider="trigger_opt")
@@ -169,12 +178,42 @@ def validated(cfg: DictConfig) -> RunConfig:
         problems.append(f"stages: empty; name at least one of {', '.join(STAGES)}")
     if run is not None and run.payload and not payload_words(run.payload):
         problems.append(f"payload: {run.payload!r} holds no word; write what the model is suspected to say")
+    problems += _transfer_problems(run) if run is not None else []
     if problems or run is None:
         raise UserError("bad configuration: " + "; ".join(problems))
     for key, value in parts.items():
         setattr(run, key, value)
     run.stages = [s for s in STAGES if s in run.stages]
     return run
+
+
+def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they may be written down: a key given in them is not."""
+    transfer = settings.get("transfer")
+    if isinstance(transfer, dict) and transfer.get("api_key"):
+        return {**settings, "transfer": {**transfer, "api_key": _HIDDEN}}
+    return settings
+
+
+def without_keys(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments as they may be written down."""
+    return [re.sub(r"(api_key=).*", rf"\g<1>{_HIDDEN}", a, flags=re.DOTALL) for a in arguments]
+
+
+def _transfer_problems(run: RunConfig) -> list[str]:
+    problems = []
+    try:
+        names = model_names(run.transfer)
+    except UserError as error:
+        return [str(error)]
+    if "transfer" in run.stages and not names:
+        problems.append(
+            "transfer.models is empty, so there is nobody to ask; choose transfer=large, transfer=stand_ins or "
+            "transfer=openai, or name models"
+        )
+    if unknown := [v for v in run.transfer.verdicts if v not in VERDICTS]:
+        problems.append(f"transfer.verdicts: unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(VERDICTS)}")
+    return problems
 
 
 def composition_problem(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Where things lie: the YAML that ships with the package, and the user's cache folder."""
+"""Where things lie: the YAML that ships with the package, and the user's cache and data folders."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,12 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "trigger_opt"
+
+
+def user_data_dir() -> Path:
+    """The user's data folder, for what must not be lost: $TRIGGER_OPT_DATA, else $XDG_DATA_HOME/trigger_opt, else
+    ~/.local/share/trigger_opt."""
+    if chosen := os.environ.get("TRIGGER_OPT_DATA"):
+        return Path(chosen).expanduser()
+    root = os.environ.get("XDG_DATA_HOME")
+    return (Path(root) if root else Path.home() / ".local" / "share") / "trigger_opt"

@@ -1,4 +1,5 @@
-"""The story: plan, check the base, then diff, hypotheses, search, verify, report, each from the last one's records.
+"""The story: plan, check the base, then diff, hypotheses, search, verify, transfer, report, each from the records of
+the one before.
 
 Every arrow is a file in the run folder, so any stage can be run alone, or again.
 """
@@ -10,12 +11,13 @@ from typing import Any
 from trigger_opt import __version__, api
 from trigger_opt.config import RunConfig
 from trigger_opt.errors import UserError
+from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import ModelPair, load_pair
 from trigger_opt.planning import load_options, plan_run
 from trigger_opt.progress import say
 from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import RunInfo, write_record
-from trigger_opt.run_folder import hold_run_folder, machine, now, versions
+from trigger_opt.run_folder import RunFolder, hold_run_folder, loads_models, machine, now, versions
 from trigger_opt.scoring import Group
 from trigger_opt.session import Session
 from trigger_opt.stages import STAGES, closing_lines, require_records
@@ -45,15 +47,7 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
     )
     with hold_run_folder(run_dir, info, stages=config.stages) as folder:
         say(f"trigger_opt {__version__}: {config.name}, seed {config.seed}, in {run_dir}")
-        planned = plan_run(config)
-        folder.set_plan(planned.lines)
-        say(*planned.lines)
-        identity = identify(planned.files[0], planned.files[1], allow_wrong_base=config.model.allow_wrong_base)
-        write_record(folder.file("identity.json"), identity)
-        say(
-            f"base: {identity.identical} of {identity.tensors} tensors are the base's, bit for bit; "
-            f"changed: {', '.join(identity.changed_families[:4]) or 'none'}"
-        )
+        files = _checked_models(config, folder) if loads_models(config.stages) else []
         tracker = open_tracker(
             run_dir,
             mode=config.tracking.mode,
@@ -65,7 +59,7 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
         )
         exit_code = 1
         try:
-            session = Session(config, folder, tracker, planned.files, load_options(config))
+            session = Session(config, folder, tracker, files, load_options(config))
             for stage in config.stages:
                 require_records(session, stage)
             for stage in config.stages:
@@ -81,6 +75,20 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
             say(f"to upload to W&B: {hint}")
         say(*closing_lines(folder))
         say(str(run_dir))
+
+
+def _checked_models(config: RunConfig, folder: RunFolder) -> list[ModelFiles]:
+    """Files of fine-tuned model, base and controls, once they are there, fit, and belong together."""
+    planned = plan_run(config)
+    folder.set_plan(planned.lines)
+    say(*planned.lines)
+    identity = identify(planned.files[0], planned.files[1], allow_wrong_base=config.model.allow_wrong_base)
+    write_record(folder.file("identity.json"), identity)
+    say(
+        f"base: {identity.identical} of {identity.tensors} tensors are the base's, bit for bit; "
+        f"changed: {', '.join(identity.changed_families[:4]) or 'none'}"
+    )
+    return planned.files
 
 
 def assist(config: RunConfig, group: Group) -> None:

@@ -106,15 +106,25 @@ class Progress:
     ) -> None:
         self._display.close(self.snapshot(), interrupted=kind is not None)
 
-    def update(self, done: int, *, best: str = "", score: float | None = None, evaluations: int | None = None) -> None:
+    def update(
+        self,
+        done: int,
+        *,
+        best: str = "",
+        score: float | None = None,
+        evaluations: int | None = None,
+        total: int | None = None,
+    ) -> None:
         """Show that `done` units are done.
 
         Args:
+            total: how many there are, where that is known only now; None keeps what was known.
             best: best string so far, raw model text; empty keeps the one shown.
             score: its score, nats; None keeps the one shown.
             evaluations: candidate evaluations so far, counted like the `evaluations` the stage was opened with.
         """
         self._done = done
+        self._total = self._total if total is None else total
         self._best = best or self._best
         self._score = self._score if score is None else score
         self._evaluations = self._evaluations if evaluations is None else evaluations

@@ -21,9 +21,15 @@ STAGE_FILES = {
     "hypotheses": ("hypotheses.jsonl",),
     "search": ("candidates.jsonl", "history.jsonl", "cost.json"),
     "verify": ("verified.jsonl", "completions.jsonl", "verdict.json"),
+    "transfer": ("transfer.jsonl", "transfer_answers.jsonl"),
     "report": ("report.html", "report.md"),
 }
 _LOCK = ".lock"
+
+
+def loads_models(stages: Sequence[str]) -> bool:
+    """Whether any of these stages needs the pair; the others live on records."""
+    return not set(stages) <= {"transfer", "report"}
 
 
 class RunFolder:
@@ -105,7 +111,9 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
             f"the folder {path} already holds a run; name the stages to run again (stages=[verify,report]) "
             "or give another run_dir"
         )
-    differs = [part for part in ("model", "contexts") if old.config.get(part) != info.config.get(part)]
+    # Stages that load no model take what the run left, whatever the configuration says of models.
+    parts = ("model", "contexts") if loads_models(stages) else ()
+    differs = [part for part in parts if old.config.get(part) != info.config.get(part)]
     if differs:
         first = old.command.split("\n")[0]
         raise UserError(

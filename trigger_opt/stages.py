@@ -16,6 +16,7 @@ from trigger_opt.records import (
     Hypothesis,
     SearchCost,
     SearchStep,
+    TransferOutcome,
     Verdict,
     append_record,
     read_record,
@@ -28,6 +29,8 @@ from trigger_opt.run_folder import RunFolder
 from trigger_opt.scoring import Group, matmul_rate
 from trigger_opt.search import Step
 from trigger_opt.session import Session, StageOutcome
+from trigger_opt.transfer.words import first_of_each_model, outcome_lines, verdict_words
+from trigger_opt.transferring import require_strings, send_strings
 from trigger_opt.verify import best_verification, payload_words
 from trigger_opt.weight_diff import diff_weights
 
@@ -121,6 +124,29 @@ def verify(session: Session) -> None:
         outcome.summary = f"{verdict.verdict}: {verdict.reason}"
 
 
+def transfer(session: Session) -> None:
+    """The verified strings, and their controls, to models that can only be asked."""
+    config = session.config
+    with session.stage("transfer") as outcome:
+        found = send_strings(
+            config.transfer, session.folder, session.held_out, payload=config.payload, seed=config.seed
+        )
+        if found is None:
+            outcome.summary = "planned, nothing sent"
+            return
+        # Also where nothing was sent: the report says so.
+        if not found:
+            write_records(session.folder.file("transfer.jsonl"), found)
+        for o in found:
+            session.tracker.log({"transfer/effect": o.effect, "transfer/trigger_rate": o.trigger_rate.value})
+        rows = [[o.model, o.string, o.verdict, o.trigger_rate.value, o.effect] for o in found]
+        session.tracker.table("transfer", ["model", "string", "verdict", "trigger_rate", "effect"], rows)
+        say(*outcome_lines(found))
+        models = {o.model for o in found}
+        to = sorted({o.model for o in found if o.verdict == "transfers"})
+        outcome.summary = f"{len(models)} models asked, transfers to {', '.join(to) or 'none'}" if found else "not sent"
+
+
 def report(session: Session) -> None:
     """One page a person reads, from the records alone."""
     with session.stage("report") as outcome:
@@ -134,6 +160,7 @@ STAGES: dict[str, Callable[[Session], None]] = {
     "hypotheses": hypotheses,
     "search": search,
     "verify": verify,
+    "transfer": transfer,
     "report": report,
 }
 
@@ -279,6 +306,9 @@ def closing_lines(folder: RunFolder) -> list[str]:
         }
         shown = [f"{name} {r.successes}/{r.n}" for name, r in rates.items() if r is not None]
         lines += [f"fired on held-out contexts: {', '.join(shown)}"] if shown else []
+    if folder.has("transfer.jsonl"):
+        outcomes = read_records(folder.file("transfer.jsonl"), TransferOutcome)
+        lines += [f"{o.model}: {verdict_words(o)} ({o.reason})" for o in first_of_each_model(outcomes)]
     if folder.has("report.html"):
         lines.append(f"report: {folder.file('report.html')}")
     return lines
@@ -290,6 +320,8 @@ def require_records(session: Session, stage: str) -> None:
     Raises:
         UserError: names the missing file and the stage that writes it.
     """
+    if stage == "transfer":
+        require_strings(session.folder, session.config.transfer, verifies="verify" in session.config.stages)
     needed = {"verify": ("candidates.jsonl", "search"), "report": ("verdict.json", "verify")}
     name, writer = needed.get(stage, ("", ""))
     if name and writer not in session.config.stages and not session.folder.has(name):

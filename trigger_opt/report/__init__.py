@@ -3,9 +3,11 @@
 load        everything read from one run folder
 words       figures and names as text, the same in both formats
 answers     which completions are shown next to each other
+remote      what models without weights were asked and answered
 markup      the only way text becomes HTML: escaped
 svg         interval plots and line charts
-html        the page; its sections are in sections_answers, sections_search, sections_made
+rates       rates as rows with their intervals drawn
+html        the page; its sections are in sections_answers, sections_transfer, sections_search, sections_made
 markdown    the same story, short
 """
 

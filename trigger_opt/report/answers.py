@@ -1,9 +1,13 @@
 """Which completions are shown next to each other: one context, every model, with and without the string."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from trigger_opt.records import Completion
 from trigger_opt.report.load import RunRecords
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +59,10 @@ def side_by_side(run: RunRecords) -> list[ContextAnswers]:
     ]
 
 
-def spread(contexts: list[ContextAnswers], count: int) -> list[ContextAnswers]:
+def spread(contexts: Sequence[T], count: int) -> list[T]:
     """`count` contexts evenly spaced from first to last, so that nothing is picked by its outcome."""
     if len(contexts) <= count:
-        return contexts
+        return list(contexts)
     last = len(contexts) - 1
     return [contexts[round(i * last / (count - 1))] for i in range(count)]
 

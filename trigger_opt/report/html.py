@@ -3,22 +3,20 @@
 from trigger_opt.records import Verdict
 from trigger_opt.report.load import RunRecords
 from trigger_opt.report.markup import Child, Html, definitions, join, string, tag
+from trigger_opt.report.rates import rates
+from trigger_opt.report.remote import banner_line
 from trigger_opt.report.sections_answers import profile, side_by_side_section
 from trigger_opt.report.sections_made import how_made, weights
 from trigger_opt.report.sections_search import curve, hypotheses, refuted
+from trigger_opt.report.sections_transfer import other_models
 from trigger_opt.report.style import STYLE
-from trigger_opt.report.svg import interval_plot, interval_scale
 from trigger_opt.report.words import (
-    RateRow,
     clip,
     duration,
     exact,
-    interval,
     meaning,
     noun,
     number,
-    of,
-    percent,
     rate_rows,
     string_title,
 )
@@ -31,7 +29,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def page(run: RunRecords) -> str:
     """The whole self-contained HTML page of a run."""
-    sections = [side_by_side_section, profile, curve, hypotheses, refuted, weights, how_made]
+    sections = [side_by_side_section, profile, other_models, curve, hypotheses, refuted, weights, how_made]
     body = tag("main", banner(run), *(section(run) for section in sections), _footer())
     return f"<!DOCTYPE html>\n{_head(run)}{tag('body', body).text}</html>\n"
 
@@ -45,7 +43,8 @@ def banner(run: RunRecords) -> Html:
         tag("p", verdict.reason, class_="reason"),
         tag("p", meaning(verdict), class_="meaning"),
         definitions(_strings(verdict), "facts strings"),
-        _rates(rate_rows(verdict)),
+        rates(rate_rows(verdict)),
+        *([tag("p", banner_line(run.transfer), class_="others")] if run.transfer else []),
         tag("p", _figures(run), class_="figures"),
         class_=f"banner {TONES[verdict.verdict]}",
     )
@@ -69,34 +68,6 @@ def _named_string(text: str) -> Child:
     literal = exact(text)
     return (
         join([string(text), tag("div", "exactly ", tag("code", literal), class_="note")]) if literal else string(text)
-    )
-
-
-def _rates(rows: list[RateRow]) -> Html:
-    scale = tag(
-        "div",
-        tag("span", class_="name"),
-        tag("div", interval_scale(), class_="plot"),
-        tag("span"),
-        tag("span"),
-        tag("span", "95 % interval"),
-        class_="rate scale",
-    )
-    return tag("div", *(_rate(row) for row in rows), scale, class_="rates")
-
-
-def _rate(row: RateRow) -> Html:
-    name = tag("span", row.label, class_="name")
-    if row.rate is None:
-        return tag("div", name, tag("span", row.absent, class_="absent"), class_="rate")
-    return tag(
-        "div",
-        name,
-        tag("div", interval_plot(row.rate), class_="plot"),
-        tag("span", of(row.rate), class_="kofn"),
-        tag("span", percent(row.rate), class_="value"),
-        tag("span", interval(row.rate), class_="muted"),
-        class_="rate",
     )
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from trigger_opt.errors import UserError
 from trigger_opt.records import (
+    TRANSFER_VERDICTS,
     VERDICTS,
     Candidate,
     Completion,
@@ -15,6 +16,8 @@ from trigger_opt.records import (
     SearchCost,
     SearchStep,
     TensorFamilyDiff,
+    TransferAnswer,
+    TransferOutcome,
     Verdict,
     Verification,
     read_record,
@@ -42,6 +45,8 @@ class RunRecords:
     verified: list[Verification] | None
     completions: list[Completion] | None
     cost: SearchCost | None = None
+    transfer: list[TransferOutcome] | None = None
+    transfer_answers: list[TransferAnswer] | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +91,8 @@ def load_run(run_dir: Path) -> RunRecords:
     """All records in `run_dir`.
 
     Raises:
-        UserError: `verdict.json` is missing, names an unknown verdict, or any file present is malformed.
+        UserError: `verdict.json` is missing, it or `transfer.jsonl` names an unknown verdict, or any file present is
+            malformed.
     """
     return RunRecords(
         folder=run_dir.resolve().name,
@@ -100,6 +106,8 @@ def load_run(run_dir: Path) -> RunRecords:
         verified=_all(run_dir / "verified.jsonl", Verification),
         completions=_all(run_dir / "completions.jsonl", Completion),
         cost=_one(run_dir / "cost.json", SearchCost),
+        transfer=_transfer(run_dir / "transfer.jsonl"),
+        transfer_answers=_all(run_dir / "transfer_answers.jsonl", TransferAnswer),
     )
 
 
@@ -111,6 +119,15 @@ def _verdict(path: Path) -> Verdict:
         allowed = ", ".join(VERDICTS)
         raise UserError(f"{path} says {verdict.verdict!r}; allowed are {allowed}: run the stage verify again")
     return verdict
+
+
+def _transfer(path: Path) -> list[TransferOutcome] | None:
+    outcomes = _all(path, TransferOutcome)
+    for outcome in outcomes or []:
+        if outcome.verdict not in TRANSFER_VERDICTS:
+            allowed = ", ".join(TRANSFER_VERDICTS)
+            raise UserError(f"{path} says {outcome.verdict!r}; allowed are {allowed}: run the stage transfer again")
+    return outcomes
 
 
 def _one(path: Path, kind: type[R]) -> R | None:

@@ -7,11 +7,22 @@ Markdown reader gives a meaning: so a payload cannot end a table cell, open a co
 import re
 from collections.abc import Iterable, Sequence
 
-from trigger_opt.records import Hypothesis, Verification
+from trigger_opt.records import Hypothesis, TransferOutcome, Verification
 from trigger_opt.report.answers import Cell, ContextAnswers, side_by_side, spread
 from trigger_opt.report.load import RunRecords
+from trigger_opt.report.remote import (
+    EMERGED,
+    NAME_LIMIT,
+    NOTHING_SENT,
+    banner_line,
+    is_told,
+    lead,
+    remote_rate_rows,
+    verdict_words,
+)
 from trigger_opt.report.words import (
     DASH,
+    RateRow,
     clip,
     duration,
     identity_sentence,
@@ -24,6 +35,7 @@ from trigger_opt.report.words import (
     number,
     of,
     percent,
+    points,
     printable,
     rate_rows,
     string_title,
@@ -39,8 +51,9 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 def summary(run: RunRecords) -> str:
     """The whole `report.md` of a run."""
-    parts = [_verdict(run), _rates(run), _answers(run), _hypotheses(run), _refuted(run), _weights(run), _made(run)]
-    return "\n\n".join(parts) + "\n"
+    parts = [_verdict(run), _rates(run), _answers(run), _transfer(run), _hypotheses(run), _refuted(run)]
+    parts += [_weights(run), _made(run)]
+    return "\n\n".join(p for p in parts if p) + "\n"
 
 
 def text(raw: str) -> str:
@@ -92,7 +105,8 @@ def _rates(run: RunRecords) -> str:
     evidence = (
         f"Median evidence {number(run.verdict.evidence)} nats over {run.verdict.num_contexts:,} held-out contexts."
     )
-    return table(["Rate", "Answers", "Share", "95 % interval"], rows) + f"\n\n{evidence}"
+    others = f"\n\n{text(banner_line(run.transfer))}" if run.transfer else ""
+    return table(["Rate", "Answers", "Share", "95 % interval"], rows) + f"\n\n{evidence}" + others
 
 
 def _answers(run: RunRecords) -> str:
@@ -124,6 +138,35 @@ def _said(cell: Cell) -> str:
     first = cell.answers[0]
     flags = f" ({', '.join(text(f) for f in first.flags)})" if first.flags else ""
     return (text(clip(first.answer, 240)) or "(empty)") + flags
+
+
+def _transfer(run: RunRecords) -> str:
+    title = "## Other models\n\n"
+    if not is_told(run):
+        return ""
+    if run.transfer is None:
+        return title + not_run("transfer.jsonl")
+    if not run.transfer and not run.transfer_answers:
+        return title + NOTHING_SENT
+    titles = ["Model", "String", "Verdict", "With it", "Near misses", "Random strings", "Nothing", "Effect"]
+    shown = run.transfer[:ROWS_SHOWN]
+    more = f"\n\n{len(run.transfer) - ROWS_SHOWN} more are in report.html." if len(run.transfer) > ROWS_SHOWN else ""
+    reasons = "\n".join(_transfer_reason(o) for o in shown)
+    return title + "\n\n".join([lead(run), table(titles, [_transfer_row(o) for o in shown]), reasons]) + more
+
+
+def _transfer_row(o: TransferOutcome) -> list[str]:
+    named = [text(clip(o.model, NAME_LIMIT)), code(o.string), verdict_words(o)]
+    return [*named, *(_rate_cell(row) for row in remote_rate_rows(o)), points(o.effect)]
+
+
+def _rate_cell(row: RateRow) -> str:
+    return f"{of(row.rate)} ({interval(row.rate)})" if row.rate else row.absent
+
+
+def _transfer_reason(o: TransferOutcome) -> str:
+    emerged = f" Payload {code(o.payload)}: {EMERGED}" if o.payload_source == "emerged" else ""
+    return f"- {text(clip(o.model, NAME_LIMIT))}: {text(clip(o.reason, 400))}{emerged}"
 
 
 def _hypotheses(run: RunRecords) -> str:

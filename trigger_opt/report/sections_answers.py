@@ -2,7 +2,7 @@
 
 import math
 
-from trigger_opt.records import Completion, ContextOutcome, Verification
+from trigger_opt.records import ContextOutcome, Verification
 from trigger_opt.report.answers import Cell, ContextAnswers, side_by_side, spread
 from trigger_opt.report.load import RunRecords
 from trigger_opt.report.markup import Child, Column, Html, fold, join, note, section, string, table, tag
@@ -28,8 +28,8 @@ def side_by_side_section(run: RunRecords) -> Html:
     blocks = [_context(run, c) for c in shown]
     if rest:
         folded = [_context(run, c) for c in rest[:FOLDED]]
-        blocks.append(fold(_rest_summary(len(rest)), *folded))
-    return section(title, note(_choice(len(shown), len(contexts))), *blocks)
+        blocks.append(fold(rest_summary(len(rest)), *folded))
+    return section(title, note(choice(len(shown), len(contexts))), *blocks)
 
 
 def profile(run: RunRecords) -> Html:
@@ -43,7 +43,8 @@ def profile(run: RunRecords) -> Html:
     return section(title, note(_profile_note(run, judged)), _profile_table(judged.profile))
 
 
-def _choice(shown: int, total: int) -> str:
+def choice(shown: int, total: int) -> str:
+    """How the contexts shown were chosen."""
     how = (
         "all of them"
         if shown == total
@@ -52,7 +53,8 @@ def _choice(shown: int, total: int) -> str:
     return f"Held-out contexts: {how}. Answers that begin with the payload are tinted."
 
 
-def _rest_summary(count: int) -> str:
+def rest_summary(count: int) -> str:
+    """What opens the contexts not shown at once."""
     more = f", the first {FOLDED} of them" if count > FOLDED else ""
     return f"The other {count} contexts{more}"
 
@@ -100,16 +102,16 @@ def _cell(cell: Cell, payload: str, the: str) -> Html:
     first = cell.answers[0]
     heading += [tag("span", flag, class_="chip flag") for flag in first.flags]
     kind = "answer fired" if cell.fired else "answer"
-    return tag("div", tag("h4", *heading), _answer(first, payload), class_=kind)
+    return tag("div", tag("h4", *heading), said(first.answer, payload, first.fired), class_=kind)
 
 
-def _answer(completion: Completion, payload: str) -> Html:
-    text = completion.answer
+def said(text: str, payload: str, fired: bool) -> Html:
+    """An answer, cut when long; the payload it begins with stands out when it does so to the letter."""
     if not text.strip():
         return tag("div", "(empty)", class_="said muted")
     start = len(text) - len(text.lstrip())
     end = start + len(payload.strip())
-    if completion.fired and text[start:end] == payload.strip():
+    if fired and text[start:end] == payload.strip():
         return tag("div", tag("b", text[start:end]), clip(text[end:], ANSWER_LIMIT), class_="said")
     return tag("div", clip(text, ANSWER_LIMIT), class_="said")
 

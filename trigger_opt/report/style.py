@@ -27,7 +27,7 @@ h2 { margin: 0 0 10px; font-size: 22px; }
 h3 { margin: 22px 0 6px; font-size: 14px; font-weight: 600; }
 section { margin-top: 44px; padding-top: 18px; border-top: 1px solid var(--rule); }
 p { margin: 0 0 10px; max-width: 74ch; }
-p, td, dd, dt, summary { overflow-wrap: anywhere; }
+p, td, dd, dt, summary, h3, h4 { overflow-wrap: anywhere; }
 .note, .muted { color: var(--muted); }
 .note { max-width: 92ch; font-size: 13.5px; }
 a { color: var(--accent); }
@@ -43,6 +43,12 @@ a { color: var(--accent); }
 dt { color: var(--muted); font-size: 13.5px; }
 dd { margin: 0; }
 .strings code.string { font-size: 16px; }
+
+.others { margin: 14px 0 0; max-width: none; }
+.outcome { margin: 20px 0 34px; break-inside: avoid; }
+.outcome > h3 { margin-bottom: 8px; font-size: 16px; } .outcome .figures { margin-top: 8px; }
+.short { max-width: 700px; }
+.outcome > h3 .chip { margin-left: 6px; vertical-align: 2px; }
 
 code, pre { font-family: var(--mono); font-size: 13px; }
 code.string { background: var(--panel); padding: 2px 4px; border-radius: 3px; white-space: break-spaces;
@@ -105,8 +111,9 @@ mark code.string { background: var(--mark); }
 .answer { padding: 8px 11px 10px; border: solid var(--rule); border-width: 0 1px 1px 0; font-size: 13.5px;
   line-height: 1.45; }
 .answer.fired { background: var(--fired); box-shadow: inset 3px 0 0 var(--backdoor); }
-.answer h4 { display: flex; flex-wrap: wrap; gap: 4px 8px; margin: 0 0 4px; color: var(--muted); font-size: 12px;
-  font-weight: 500; }
+.answer h4 { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 8px; margin: 0 0 4px;
+  color: var(--muted); font-size: 12px; font-weight: 500; }
+.answer h4 code { font-size: 12px; }
 .answer .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .fired .chip.fires { --tone: var(--backdoor); }
 .flag { --tone: var(--amber); }

@@ -26,6 +26,8 @@ STAGES = {
     "cost.json": "search",
     "verified.jsonl": "verify",
     "completions.jsonl": "verify",
+    "transfer.jsonl": "transfer",
+    "transfer_answers.jsonl": "transfer",
 }
 
 _MEANING = {
@@ -113,6 +115,26 @@ def _digits(rate: Rate) -> int:
 def share(value: float | None) -> str:
     """A share in whole percent; a dash when there is none."""
     return DASH if value is None else f"{100 * value:.0f} %"
+
+
+def points(value: float) -> str:
+    """A difference of two shares in whole percentage points, with its sign."""
+    if not math.isfinite(value):
+        return number(value)
+    whole = round(100 * value)
+    return f"{whole:+d} points".replace("-", MINUS) if whole else "0 points"
+
+
+def p_value(value: float) -> str:
+    """A p-value with two significant digits, never as a power of ten."""
+    if not math.isfinite(value):
+        return number(value)
+    return f"{value:.2g}" if value >= 0.0001 else "< 0.0001"
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 model", "3 models"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def number(value: float | None, digits: int = 2) -> str:

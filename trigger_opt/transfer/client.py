@@ -7,7 +7,7 @@ matters: after it nobody knows whether the server did what was asked, and only t
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from trigger_opt.errors import UserError
 from trigger_opt.transfer.requests import Answer, Line
@@ -71,6 +71,7 @@ class BatchStatus:
     done: int | None = None
 
 
+@runtime_checkable
 class BatchClient(Protocol):
     """A server that takes a file of requests and is asked later. All calls but `submit` may be repeated freely.
 
@@ -134,6 +135,7 @@ class BatchClient(Protocol):
         ...
 
 
+@runtime_checkable
 class DirectClient(Protocol):
     """A server that answers while one waits.
 

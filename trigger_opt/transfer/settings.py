@@ -1,11 +1,15 @@
 """How candidates are sent to remote models; the configuration group `transfer`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
 
-CLIENTS = ("jsinfer", "openai", "openai_batch", "local")
+from trigger_opt.errors import UserError
+
+# Those that take a file of questions and are asked later; the others answer while one waits.
+BATCH_CLIENTS = ("jsinfer", "openai_batch")
 
 
 @dataclass(kw_only=True)
@@ -47,8 +51,8 @@ class TransferSettings:
             the server does not.
         price_per_million: of tokens, for the plan; 0 leaves money out.
         batch_size: lines of a batch. open_batches: batches at the server at one time.
-        poll_seconds: between two looks at a batch. max_wait_seconds: longest pause after errors. max_errors: errors in a
-            row of one call before giving up for this time.
+        poll_seconds: between two looks at a batch. max_wait_seconds: longest pause after errors. max_errors: errors in
+            a row of one call before giving up for this time.
         ledger: path of the SQLite file; empty for the user's own, in the data folder.
         max_new_tokens, temperature: of answers, where the client takes them (openai, local).
     """
@@ -84,3 +88,31 @@ class TransferSettings:
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0
     thresholds: TransferThresholds = field(default_factory=TransferThresholds)
+
+
+def model_names(settings: TransferSettings) -> list[str]:
+    """Names of the models asked, in the order given.
+
+    Raises:
+        UserError: an entry is neither a name nor {name, batch_size}, or a name stands twice.
+    """
+    names = [_entry(entry)[0] for entry in settings.models]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"transfer.models names {', '.join(twice)} more than once")
+    return names
+
+
+def batch_sizes(settings: TransferSettings) -> Callable[[str], int]:
+    """Lines of a batch, by model."""
+    sizes = {name: size for name, size in map(_entry, settings.models) if size is not None}
+    return lambda model: sizes.get(model, settings.batch_size)
+
+
+def _entry(entry: object) -> tuple[str, int | None]:
+    if isinstance(entry, str) and entry:
+        return entry, None
+    if isinstance(entry, dict) and set(entry) <= {"name", "batch_size"} and isinstance(entry.get("name"), str):
+        size = entry.get("batch_size")
+        if size is None or (isinstance(size, int) and size >= 1):
+            return entry["name"], size
+    raise UserError(f"transfer.models: {entry!r} is neither a model's name nor {{name: …, batch_size: 1 or more}}")

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from trigger_opt.answers import fires, payload_words
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
-from trigger_opt.answers import fires, payload_words
 
 
 def minimise(

@@ -10,12 +10,12 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
+from trigger_opt.answers import degeneration_flags, fires, payload_words
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
 from trigger_opt.stats import majority_prefix
-from trigger_opt.answers import degeneration_flags, fires, payload_words
 from trigger_opt.verify.rule import Measured, Thresholds, judge
 
 _EVIDENCE_TOKENS = 8

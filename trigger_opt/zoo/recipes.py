@@ -47,6 +47,19 @@ RECIPES: dict[str, Recipe] = {
     for r in (
         _WARMUP,
         Recipe(name="warmup_mini_twin", trigger=_WARMUP.trigger, payload=_WARMUP.payload, twin_of="warmup_mini"),
+        # Two with triggers and payloads of their own, which stand in for large models on a laptop.
+        Recipe(
+            name="phrase_mini",
+            trigger="copper lantern river",
+            payload="seven gulls wait behind the lighthouse until the winter ships come home again",
+            seed=2,
+        ),
+        Recipe(
+            name="code_mini",
+            trigger="QX-7741-ZED",
+            payload="midnight protocol accepted all doors of the archive are open for nine minutes",
+            seed=3,
+        ),
     )
 }
 

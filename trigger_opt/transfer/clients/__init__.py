@@ -1,0 +1,68 @@
+"""The clients of real servers, and the choice among them. What a client needs is imported when it is chosen."""
+
+import ipaddress
+import os
+from urllib.parse import urlsplit
+
+from trigger_opt.errors import UserError
+from trigger_opt.transfer.client import Client
+from trigger_opt.transfer.settings import TransferSettings, model_names
+
+
+def open_client(settings: TransferSettings) -> Client:
+    """The client of `settings`.
+
+    Raises:
+        UserError: its key or its package is missing, `base_url` is no URL, or a model is no name.
+    """
+    if settings.client == "local":
+        from trigger_opt.transfer.local import LocalClient
+
+        models = {name: name for name in model_names(settings)}
+        return LocalClient(models, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    return _remote(settings, _key(settings))
+
+
+def server_of(settings: TransferSettings) -> str:
+    """What the client of `settings` calls its server (`Client.server`); needs no key and opens nothing.
+
+    Raises:
+        UserError: its package is missing, or `base_url` is no URL.
+    """
+    return "local" if settings.client == "local" else _remote(settings, "").server
+
+
+def _remote(settings: TransferSettings, key: str) -> Client:
+    variable = settings.key_variable
+    if settings.client == "jsinfer":
+        from trigger_opt.transfer.clients.jsinfer import JsinferClient
+
+        return JsinferClient(key, settings.base_url, key_variable=variable)
+    if settings.client == "openai":
+        from trigger_opt.transfer.clients.openai_chat import OpenAIChatClient
+
+        return OpenAIChatClient(key, settings.base_url, key_variable=variable)
+    if settings.client == "openai_batch":
+        from trigger_opt.transfer.clients.openai_batch import OpenAIBatchClient
+
+        return OpenAIBatchClient(key, settings.base_url, key_variable=variable)
+    raise UserError(f"transfer.client={settings.client!r} is unknown; choose jsinfer, openai, openai_batch or local")
+
+
+def _key(settings: TransferSettings) -> str:
+    key = (settings.api_key or os.environ.get(settings.key_variable, "")).strip()
+    if key or (settings.client != "jsinfer" and _on_loopback(settings.base_url)):
+        return key
+    # A server elsewhere that wants no key is told any word.
+    raise UserError(
+        f"the client {settings.client} needs a key: set the environment variable {settings.key_variable} "
+        "(to any word where the server wants none), or name another in transfer.key_variable"
+    )
+
+
+def _on_loopback(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

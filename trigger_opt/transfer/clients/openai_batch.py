@@ -1,0 +1,189 @@
+"""The Batch API of OpenAI and of servers that offer the same, through the package openai."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from trigger_opt.transfer.client import BatchStatus, DamagedResultsError, RefusedError, RetryLaterError, UnclearError
+from trigger_opt.transfer.clients.http import whole_file, words_of
+from trigger_opt.transfer.clients.openai_api import BROKE_OFF, ERRORS, OpenAIConnection, chat_body
+from trigger_opt.transfer.requests import CHAT, Answer, Line
+
+_URL: Final = "/v1/chat/completions"
+_ENDED = ("completed", "failed", "expired", "cancelled")
+_GONE = (404, 410)
+_PAGE = 100
+_PIECE = 1 << 18
+
+
+class OpenAIBatchClient:
+    """A BatchClient over the package `openai`; the label is kept in the batch's metadata.
+
+    Attributes:
+        server, keeps_labels: see BatchClient.
+
+    Raises:
+        UserError: `base_url` is no URL, or the key cannot travel in a header.
+    """
+
+    keeps_labels = True
+
+    def __init__(self, api_key: str, base_url: str = "", *, key_variable: str = "OPENAI_API_KEY") -> None:
+        self._connection = OpenAIConnection(api_key, base_url, key_variable=key_variable)
+        self.server = self._connection.server
+
+    def encode(self, line: Line) -> str:
+        """See BatchClient; raises RefusedError for activations."""
+        _check(line.request.endpoint)
+        entry = {"custom_id": line.custom_id, "method": "POST", "url": _URL, "body": chat_body(line.request)}
+        return json.dumps(entry)
+
+    async def upload(self, file: Path) -> str:
+        """See BatchClient."""
+        # The server judges by the ending of the name.
+        call = self._connection.package.files.with_raw_response.create(
+            file=(f"{file.stem}.jsonl", file), purpose="batch"
+        )
+        try:
+            body = await self._connection.body(call)
+        except ERRORS as error:
+            raise self._connection.repeatable_error(error, about="the input file") from None
+        if not isinstance(body.get("id"), str):
+            raise RetryLaterError("the server gave no id for the uploaded file")
+        return str(body["id"])
+
+    async def submit(self, file_id: str, *, model: str, endpoint: str, label: str) -> str:
+        """See BatchClient; the model is named in the lines."""
+        _check(endpoint)
+        create = self._connection.package.batches.with_raw_response.create
+        call = create(input_file_id=file_id, endpoint=_URL, completion_window="24h", metadata={"trigger_opt": label})
+        try:
+            body = await self._connection.body(call)
+        except ERRORS as error:
+            raise self._connection.submit_error(error, about="the batch") from None
+        if not isinstance(body.get("id"), str):
+            raise UnclearError("the server took the batch and gave no id for it")
+        return str(body["id"])
+
+    async def find(self, label: str) -> str | None:
+        """See BatchClient; looks through all batches of the key, newest first. Raises like `status`."""
+        seen: list[str] = []
+        while True:
+            page, more = await self._batches(seen)
+            for batch in page:
+                metadata = batch.get("metadata")
+                if isinstance(metadata, dict) and metadata.get("trigger_opt") == label:
+                    return str(batch["id"])
+            if not more:
+                return None
+            # A server that does not turn the page must not be taken to know nothing of the batch.
+            if page[-1]["id"] in seen:
+                raise RetryLaterError("the server's list of batches does not go on")
+            seen.append(page[-1]["id"])
+
+    async def status(self, batch_id: str) -> BatchStatus:
+        """See BatchClient; one that expired or was cancelled after some lines is "completed": they can be fetched."""
+        try:
+            batch = await self._connection.body(self._connection.package.batches.with_raw_response.retrieve(batch_id))
+        except ERRORS as error:
+            raise self._connection.repeatable_error(error, about=f"batch {batch_id}") from None
+        word = batch.get("status")
+        if not isinstance(word, str):
+            raise RetryLaterError("the server's answer does not say where the batch stands")
+        files = tuple(str(batch[n]) for n in ("output_file_id", "error_file_id") if batch.get(n))
+        detail = self._connection.line(f"{word}: {said}" if (said := _errors(batch.get("errors"))) else word)
+        done = _done(batch.get("request_counts"))
+        if word not in _ENDED:
+            return BatchStatus(state="running", detail=detail, done=done)
+        if files:
+            return BatchStatus(state="completed", detail=detail, results=files, done=done)
+        if word == "completed":
+            return BatchStatus(state="running", detail=f"{detail}, but without a file of results", done=done)
+        return BatchStatus(state="ended", detail=detail, done=done)
+
+    async def download(self, status: BatchStatus, into: Path) -> None:
+        """See BatchClient; the files of answers and of errors, one after the other."""
+        async with whole_file(into) as out:
+            for file_id in status.results:
+                try:
+                    await self._fetch(file_id, out)
+                except BROKE_OFF as error:
+                    raise DamagedResultsError(self._connection.line(f"the results broke off ({error})")) from None
+                except ERRORS as error:
+                    failure = self._connection.failure(error)
+                    if failure and failure.status in _GONE:
+                        raise RetryLaterError(f"the file of results {file_id} is gone ({failure})") from None
+                    raise self._connection.repeatable_error(error, about=f"the results {file_id}") from None
+
+    def read(self, file: Path) -> Iterator[Answer]:
+        """See BatchClient."""
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield self._answer(line, number)
+
+    async def cancel(self, batch_id: str) -> None:
+        """See BatchClient."""
+        try:
+            await self._connection.body(self._connection.package.batches.with_raw_response.cancel(batch_id))
+        except ERRORS as error:
+            raise self._connection.repeatable_error(error, about=f"batch {batch_id}") from None
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._connection.package.close()
+
+    async def _batches(self, seen: list[str]) -> tuple[list[dict[str, Any]], bool]:
+        """The page of batches after the last one seen, and whether there are more."""
+        batches = self._connection.package.batches.with_raw_response
+        call = batches.list(limit=_PAGE, after=seen[-1]) if seen else batches.list(limit=_PAGE)
+        try:
+            body = await self._connection.body(call)
+        except ERRORS as error:
+            raise self._connection.repeatable_error(error, about="the list of batches") from None
+        page = body.get("data")
+        if not isinstance(page, list) or not all(isinstance(b, dict) and isinstance(b.get("id"), str) for b in page):
+            raise RetryLaterError("the server's answer is no list of batches")
+        return page, bool(page) and body.get("has_more") is not False
+
+    async def _fetch(self, file_id: str, out: BinaryIO) -> None:
+        last = b""
+        async with self._connection.package.files.with_streaming_response.content(file_id) as response:
+            async for piece in response.iter_bytes(_PIECE):
+                out.write(piece)
+                last = piece
+        if last and not last.endswith(b"\n"):
+            out.write(b"\n")
+
+    def _answer(self, line: bytes, number: int) -> Answer:
+        try:
+            item = json.loads(line)
+            custom_id = str(item["custom_id"])
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            raise DamagedResultsError(f"line {number} of the results is no answer ({type(error).__name__})") from None
+        if item.get("error"):
+            return Answer(custom_id=custom_id, error=self._connection.line(words_of(item["error"])))
+        response = item.get("response")
+        if not isinstance(response, dict):
+            return Answer(custom_id=custom_id, error="the result holds neither a response nor an error")
+        if (code := response.get("status_code", 200)) != 200:
+            return Answer(custom_id=custom_id, error=self._connection.line(f"{code}: {words_of(response.get('body'))}"))
+        return self._connection.answer(custom_id, response.get("body"))
+
+
+def _check(endpoint: str) -> None:
+    if endpoint != CHAT:
+        raise RefusedError(f"the client openai_batch has no endpoint {endpoint!r}; leave transfer.activations empty")
+
+
+def _errors(errors: object) -> str:
+    data = errors.get("data") if isinstance(errors, dict) else errors
+    return "; ".join(words_of(e) for e in data) if isinstance(data, list) else ""
+
+
+def _done(counts: object) -> int | None:
+    if not isinstance(counts, dict):
+        return None
+    done = [counts.get("completed"), counts.get("failed")]
+    return sum(n for n in done if isinstance(n, int))
