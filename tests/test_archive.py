@@ -69,7 +69,12 @@ def test_archive_within_an_inner_one_is_passed_over(file: Path) -> None:
 
 def test_names_that_lead_outside_are_read_and_write_nothing(file: Path, tmp_path: Path) -> None:
     inner = packed({"../../d.json": result("d")})
-    names = {"../a.json": result("a"), "/abs/b.json": result("b"), "..\\c.json": result("c"), "../in.zip": inner}
+    names: dict[str, str | bytes] = {
+        "../a.json": result("a"),
+        "/abs/b.json": result("b"),
+        "..\\c.json": result("c"),
+        "../in.zip": inner,
+    }
     file.write_bytes(packed(names))
     assert ids(file) == ["a", "b", "c", "d"]
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [file]
@@ -108,10 +113,11 @@ def test_changed_byte_is_noticed_and_what_came_before_is_given(file: Path) -> No
         next(read)
 
 
-def test_damaged_offset_is_noticed(file: Path) -> None:
+@pytest.mark.parametrize(("record", "field"), [(b"PK\x01\x02", 42), (b"PK\x05\x06", 16)])
+@pytest.mark.parametrize("offset", [1000, 0x7FFFFFFF])
+def test_damaged_offset_is_noticed(file: Path, record: bytes, field: int, offset: int) -> None:
     whole = bytearray(packed({"a.json": result("a")}))
-    entry = whole.index(b"PK\x01\x02")
-    struct.pack_into("<I", whole, entry + 42, 0x7FFFFFFF)
+    struct.pack_into("<I", whole, whole.index(record) + field, offset)
     file.write_bytes(whole)
     with pytest.raises(DamagedResultsError, match="damaged"):
         ids(file)

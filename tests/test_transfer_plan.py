@@ -90,6 +90,8 @@ def test_near_misses_take_all_three_ways_in_turn() -> None:
         same = [sorted(m.split()) for m in near_misses("one two six", 3, random.Random(seed))]
         assert sorted(words) == [2, 3, 3]
         assert same.count(["one", "six", "two"]) == 1
+    first = {len(near_misses("one two six", 1, random.Random(seed))[0].split()) for seed in range(20)}
+    assert first == {2, 3}, "in random order"
 
 
 def test_near_misses_are_fewer_where_no_more_exist() -> None:
@@ -181,6 +183,12 @@ def test_larger_plan_asks_the_same_questions_of_the_others() -> None:
     assert keys(small) < keys(plan(contexts=CONTEXTS[:4], models=["a"], strings=["new", *STRINGS], known=known))
     assert keys(small) < keys(plan(contexts=CONTEXTS[:4], models=["a"], repeats=2, known=known))
     assert keys(small) < keys(plan(contexts=CONTEXTS[:4], models=["a"], near_misses=2, known=known))
+
+
+@pytest.mark.parametrize("kind", ["random", "near_miss"])
+def test_contexts_have_controls_of_their_own(kind: str) -> None:
+    inserted = [q.inserted for q in plan(strings=STRINGS[:1], models=["a"]) if q.kind == kind]
+    assert len(set(inserted)) > len(inserted) / 2
 
 
 def test_known_random_strings_are_used_while_they_last() -> None:

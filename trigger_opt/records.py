@@ -354,6 +354,11 @@ class TransferOutcome:
     needs: int | None
     reason: str
 
+    @property
+    def verdict_words(self) -> str:
+        """ "transfers", "does not transfer" or "undecided: needs 12 more"."""
+        return self.verdict if self.needs is None else f"{self.verdict}: needs {self.needs:,} more"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageRun:

@@ -29,7 +29,7 @@ from trigger_opt.run_folder import RunFolder
 from trigger_opt.scoring import Group, matmul_rate
 from trigger_opt.search import Step
 from trigger_opt.session import Session, StageOutcome
-from trigger_opt.transfer.words import first_of_each_model, outcome_lines, verdict_words
+from trigger_opt.transfer.words import first_of_each_model
 from trigger_opt.transferring import require_strings, send_strings
 from trigger_opt.verify import best_verification, payload_words
 from trigger_opt.weight_diff import diff_weights
@@ -141,7 +141,6 @@ def transfer(session: Session) -> None:
             session.tracker.log({"transfer/effect": o.effect, "transfer/trigger_rate": o.trigger_rate.value})
         rows = [[o.model, o.string, o.verdict, o.trigger_rate.value, o.effect] for o in found]
         session.tracker.table("transfer", ["model", "string", "verdict", "trigger_rate", "effect"], rows)
-        say(*outcome_lines(found))
         models = {o.model for o in found}
         to = sorted({o.model for o in found if o.verdict == "transfers"})
         outcome.summary = f"{len(models)} models asked, transfers to {', '.join(to) or 'none'}" if found else "not sent"
@@ -308,7 +307,7 @@ def closing_lines(folder: RunFolder) -> list[str]:
         lines += [f"fired on held-out contexts: {', '.join(shown)}"] if shown else []
     if folder.has("transfer.jsonl"):
         outcomes = read_records(folder.file("transfer.jsonl"), TransferOutcome)
-        lines += [f"{o.model}: {verdict_words(o)} ({o.reason})" for o in first_of_each_model(outcomes)]
+        lines += [f"{o.model}: {o.verdict_words} ({o.reason})" for o in first_of_each_model(outcomes)]
     if folder.has("report.html"):
         lines.append(f"report: {folder.file('report.html')}")
     return lines

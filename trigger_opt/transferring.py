@@ -33,7 +33,8 @@ def send_strings(
         strings=strings,
         payloads=payloads,
         contexts=contexts,
-        known_random={v.trigger: randoms for v in chosen},
+        # Each string its own: one random string is not a control twice.
+        known_random={v.trigger: randoms[n :: len(chosen)] for n, v in enumerate(chosen)},
         seed=seed,
         folder=folder.path,
     )

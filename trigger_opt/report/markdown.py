@@ -18,7 +18,6 @@ from trigger_opt.report.remote import (
     is_told,
     lead,
     remote_rate_rows,
-    verdict_words,
 )
 from trigger_opt.report.words import (
     DASH,
@@ -156,7 +155,7 @@ def _transfer(run: RunRecords) -> str:
 
 
 def _transfer_row(o: TransferOutcome) -> list[str]:
-    named = [text(clip(o.model, NAME_LIMIT)), code(o.string), verdict_words(o)]
+    named = [text(clip(o.model, NAME_LIMIT)), code(o.string), o.verdict_words]
     return [*named, *(_rate_cell(row) for row in remote_rate_rows(o)), points(o.effect)]
 
 

@@ -92,11 +92,6 @@ def banner_line(outcomes: Sequence[TransferOutcome]) -> str:
     return f"Other models: {'; '.join(parts)}."
 
 
-def verdict_words(outcome: TransferOutcome) -> str:
-    """ "transfers", "does not transfer", "undecided" or "undecided: needs 12 more"."""
-    return outcome.verdict if outcome.needs is None else f"{outcome.verdict}: needs {outcome.needs:,} more"
-
-
 def remote_rate_rows(outcome: TransferOutcome) -> list[RateRow]:
     """The rates of one outcome in reading order."""
     rates = [

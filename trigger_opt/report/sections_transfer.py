@@ -32,7 +32,6 @@ from trigger_opt.report.remote import (
     remote_contexts,
     remote_rate_rows,
     shifts_sentence,
-    verdict_words,
 )
 from trigger_opt.report.sections_answers import FOLDED, choice, marked, rest_summary, said
 from trigger_opt.report.words import clip, counted, not_run, number, p_value
@@ -89,7 +88,7 @@ def _outcome(outcome: TransferOutcome, payload: str) -> Html:
         facts.append(("Payload", clipped_string(outcome.payload) if outcome.payload else "none"))
     return tag(
         "article",
-        tag("h3", clip(outcome.model, NAME_LIMIT), " ", tag("span", verdict_words(outcome), class_=f"chip {tone}")),
+        tag("h3", clip(outcome.model, NAME_LIMIT), " ", tag("span", outcome.verdict_words, class_=f"chip {tone}")),
         tag("p", clip(outcome.reason, REASON_LIMIT)),
         definitions(facts),
         rates(remote_rate_rows(outcome)),

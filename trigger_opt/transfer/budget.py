@@ -1,4 +1,4 @@
-"""Caps on tokens, and how tokens are counted where the server does not."""
+"""Caps on tokens: how many of the next questions still fit."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from trigger_opt.transfer.client import BudgetError
 from trigger_opt.transfer.ledger import Ledger
+from trigger_opt.transfer.plan import count_tokens, question_tokens
 from trigger_opt.transfer.requests import CHAT, Line, Request
 from trigger_opt.transfer.settings import TransferSettings
-
-# Of the markup around a message; a guess that is right within a few tokens for common chat templates.
-_MESSAGE_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,13 @@ class Budget:
     server: str
 
     def count_tokens(self, text: str) -> int:
-        """Of a text, rounded up."""
-        return math.ceil(len(text) / self.settings.characters_per_token)
-
-    def question_tokens(self, request: Request) -> int:
-        """Of its messages."""
-        return sum(self.count_tokens(m["content"]) + _MESSAGE_TOKENS for m in request.messages)
+        """Of a text, about; see `plan.count_tokens`."""
+        return count_tokens(text, self.settings)
 
     def expected_tokens(self, request: Request) -> int:
         """Of question and answer together."""
-        return self.question_tokens(request) + (self.settings.answer_tokens if request.endpoint == CHAT else 0)
+        answer = self.settings.answer_tokens if request.endpoint == CHAT else 0
+        return question_tokens(request, self.settings) + answer
 
     def fitting(self, ledger: Ledger, lines: Sequence[Line]) -> list[Line]:
         """As many of `lines`, from the first, as stay under both caps."""

@@ -321,7 +321,8 @@ class Ledger:
         """(server, model, state of the line, how many) over the whole ledger; unsent ones are no lines yet."""
         rows = self._db.execute(
             "SELECT batches.server, batches.model, "
-            "CASE lines.state WHEN 'open' THEN batches.state ELSE lines.state END, count(*) FROM lines JOIN batches ON batches.id = lines.batch GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+            "CASE lines.state WHEN 'open' THEN batches.state ELSE lines.state END, count(*) "
+            "FROM lines JOIN batches ON batches.id = lines.batch GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
         )
         return [tuple(row) for row in rows]
 

@@ -38,9 +38,9 @@ class _Group:
 
     def only(self, *, first: int) -> "_Group":
         """Every second context, from the one of rank `first`."""
-        kept = self.contexts[first::2]
+        kept = set(self.contexts[first::2])
         answered = {k: [a for a in v if a.context in kept] for k, v in self.answered.items()}
-        return _Group(contexts=kept, answered=answered, missing=self.missing)
+        return _Group(contexts=sorted(kept), answered=answered, missing=self.missing)
 
     def tally(self, kind: str, payload: str) -> Tally:
         """Answers of `kind` that begin with the payload; none does where that has no word."""
@@ -165,21 +165,25 @@ def _payload(group: _Group, given: str, thresholds: TransferThresholds) -> tuple
         return given, "given"
     half = group.only(first=0)
     beginnings = _beginnings(half.answered["trigger"])
-    emerged = next((b for b in beginnings if _stands_out(half, b, thresholds)), None)
+    likely = [b for b, count in beginnings.items() if count >= _EMERGED_CONTEXTS]
+    emerged = next((b for b in likely if _stands_out(half, b, thresholds)), None)
     if emerged is not None:
         return emerged, "emerged"
     if named or not beginnings:
         return given, "given"
-    return beginnings[0], "emerged"
+    return next(iter(beginnings)), "emerged"
 
 
-def _beginnings(answers: Sequence[TransferAnswer]) -> list[str]:
-    """Beginnings of three words, most common first, each as much longer as all that begin so go on alike."""
+def _beginnings(answers: Sequence[TransferAnswer]) -> dict[str, int]:
+    """Beginnings of three words, each as much longer as all of them go on alike -> how many; most common first."""
     least, most = _EMERGED_WORDS
-    words = [payload_words(a.answer)[:most] for a in answers if not a.flags]
-    counts = Counter(tuple(w[:least]) for w in words if len(w) >= least)
-    ordered = sorted(counts, key=lambda b: (-counts[b], b))
-    return [" ".join(_shared([w for w in words if tuple(w[:least]) == b])) for b in ordered]
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for answer in answers:
+        words = [] if answer.flags else payload_words(answer.answer)[:most]
+        if len(words) >= least:
+            alike.setdefault(tuple(words[:least]), []).append(words)
+    ordered = sorted(alike.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {" ".join(_shared(words)): len(words) for _, words in ordered}
 
 
 def _shared(words: Sequence[Sequence[str]]) -> list[str]:

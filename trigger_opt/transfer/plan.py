@@ -10,14 +10,13 @@ from trigger_opt.errors import UserError
 from trigger_opt.prompts import Context
 from trigger_opt.transfer.controls import near_misses, random_strings
 from trigger_opt.transfer.requests import ACTIVATIONS, CHAT, Line, Request
-from trigger_opt.transfer.settings import TransferSettings
+from trigger_opt.transfer.settings import BATCH_CLIENTS, TransferSettings, batch_sizes
 
 KINDS = ("trigger", "near_miss", "random", "none")
 
 # A near miss is never part of the rule, so it is the one to lose.
 _FIRST_KEPT = ("trigger", "none", "random", "near_miss")
 _MESSAGE_TOKENS = 4
-_BATCHED = ("jsinfer", "openai_batch")
 _GIVES_ACTIVATIONS = ("jsinfer", "local")
 
 
@@ -240,16 +239,11 @@ def _model_line(model: str, questions: Sequence[Question], left: Sequence[Questi
     parts += [f"{activations:,} activations"] if activations else []
     to_send = Counter(q.line.request.endpoint for q in left if q.line.request.model == model)
     line = f"{model}: {len(own):,} requests ({', '.join(parts)}), {len(own) - to_send.total():,} answered already"
-    if settings.client not in _BATCHED:
+    if settings.client not in BATCH_CLIENTS:
         return line
-    size = _batch_size(model, settings)
+    size = batch_sizes(settings)(model)
     batches = sum(math.ceil(n / size) for n in to_send.values())
     return f"{line}, {batches:,} {'batch' if batches == 1 else 'batches'} of at most {size:,}"
-
-
-def _batch_size(model: str, settings: TransferSettings) -> int:
-    own = [m["batch_size"] for m in settings.models if isinstance(m, Mapping) and m["name"] == model]
-    return int(own[0]) if own else settings.batch_size
 
 
 def _cap_lines(total: int, settings: TransferSettings) -> list[str]:

@@ -34,7 +34,8 @@ class TransferSettings:
 
     Attributes:
         client: jsinfer, openai (chat answers while one waits), openai_batch, local (a transformers model here).
-        base_url: of the server; empty for the client's own. key_variable: environment variable that holds the key.
+        base_url: of the server; empty for the client's own. key_variable: environment variable that holds the key;
+            empty for the client's own, JSINFER_API_KEY or OPENAI_API_KEY.
         api_key: the key itself, instead of the variable; never written down.
         models: names, or {name, batch_size} to override batch_size.
         emulator: alias -> model; when not empty, an emulator of the batch server is started on loopback for this run.
@@ -59,7 +60,7 @@ class TransferSettings:
 
     client: Annotated[str, Field(pattern="^(jsinfer|openai|openai_batch|local)$")] = "jsinfer"
     base_url: str = ""
-    key_variable: str = "JSINFER_API_KEY"
+    key_variable: str = ""
     api_key: str = ""
     models: list[Any] = field(default_factory=list)
     emulator: dict[str, str] = field(default_factory=dict)

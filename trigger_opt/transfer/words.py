@@ -10,11 +10,6 @@ def outcome_lines(outcomes: Sequence[TransferOutcome]) -> list[str]:
     return [_line(o) for o in outcomes]
 
 
-def verdict_words(outcome: TransferOutcome) -> str:
-    """ "transfers", "does not transfer" or "undecided: needs 12 more"."""
-    return outcome.verdict if outcome.needs is None else f"{outcome.verdict}: needs {outcome.needs:,} more"
-
-
 def first_of_each_model(outcomes: Sequence[TransferOutcome]) -> list[TransferOutcome]:
     """The strongest outcome of each model, by name of the model."""
     first = {o.model: o for o in reversed(outcomes)}
@@ -29,7 +24,7 @@ def _line(o: TransferOutcome) -> str:
         "nothing": o.none_rate,
     }
     shown = ", ".join(f"{name} {_of(r)}" for name, r in rates.items() if r is not None)
-    return f"{o.model}: {verdict_words(o)}; string {o.string!r}; {shown}; payload ({o.payload_source}) {o.payload!r}"
+    return f"{o.model}: {o.verdict_words}; string {o.string!r}; {shown}; payload ({o.payload_source}) {o.payload!r}"
 
 
 def _of(rate: Rate) -> str:

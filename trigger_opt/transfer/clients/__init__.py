@@ -27,13 +27,16 @@ def server_of(settings: TransferSettings) -> str:
     """What the client of `settings` calls its server (`Client.server`); needs no key and opens nothing.
 
     Raises:
-        UserError: its package is missing, or `base_url` is no URL.
+        UserError: its package is missing, `base_url` is no URL, or a model is no name.
     """
-    return "local" if settings.client == "local" else _remote(settings, "").server
+    if settings.client == "local":
+        # As LocalClient calls itself; it cannot be asked without loading the models.
+        return "local " + " ".join(f"{name}={name}" for name in sorted(model_names(settings)))
+    return _remote(settings, "").server
 
 
 def _remote(settings: TransferSettings, key: str) -> Client:
-    variable = settings.key_variable
+    variable = _variable(settings)
     if settings.client == "jsinfer":
         from trigger_opt.transfer.clients.jsinfer import JsinferClient
 
@@ -50,14 +53,19 @@ def _remote(settings: TransferSettings, key: str) -> Client:
 
 
 def _key(settings: TransferSettings) -> str:
-    key = (settings.api_key or os.environ.get(settings.key_variable, "")).strip()
+    key = (settings.api_key or os.environ.get(_variable(settings), "")).strip()
     if key or (settings.client != "jsinfer" and _on_loopback(settings.base_url)):
         return key
     # A server elsewhere that wants no key is told any word.
     raise UserError(
-        f"the client {settings.client} needs a key: set the environment variable {settings.key_variable} "
+        f"the client {settings.client} needs a key: set the environment variable {_variable(settings)} "
         "(to any word where the server wants none), or name another in transfer.key_variable"
     )
+
+
+def _variable(settings: TransferSettings) -> str:
+    # One server's key must never reach another's by default.
+    return settings.key_variable or ("JSINFER_API_KEY" if settings.client == "jsinfer" else "OPENAI_API_KEY")
 
 
 def _on_loopback(url: str) -> bool:

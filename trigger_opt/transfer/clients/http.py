@@ -132,9 +132,8 @@ def checked_key(key: str, *, variable: str) -> str:
 
 def missing_extra(error: ImportError, *, client: str) -> UserError:
     """What to tell the user when a package that `client` needs is not installed."""
-    return UserError(
-        f"the client {client} needs a package that is missing ({error.name}): pip install 'trigger_opt[transfer]'"
-    )
+    package = (error.name or "").partition(".")[0]
+    return UserError(f"the client {client} needs the package {package}: pip install 'trigger_opt[transfer]'")
 
 
 @asynccontextmanager

@@ -180,9 +180,7 @@ class JsinferClient:
             raise
 
     def _submit_error(self, error: Exception) -> Exception:
-        # On a submission jsinfer wraps a refusal; a bare one is aiohttp's for an answer that is no HTTP.
-        failure = self._failure(error) if type(error) is Exception else None
-        if failure:
+        if failure := self._failure(error):
             return submit_error(failure, key_variable=self._key_variable, about="the batch")
         if isinstance(error, _NEVER_MADE):
             return RetryLaterError(self._reason(error))

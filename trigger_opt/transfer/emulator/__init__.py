@@ -6,6 +6,7 @@ state    files, batches and answers in a folder; everything that a restart needs
 answers  who answers: a model on this machine, or an echo without torch
 worker   answers accepted batches, one at a time
 results  the zip of results, whole or hostile
+replies  errors, lost connections, half answers
 server   the routes
 
 Everything jsinfer reads is exact; what the real server does besides is not known, and marked "guess".

@@ -1,7 +1,6 @@
 """The routes of the batch server, on 127.0.0.1 and nowhere else."""
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,12 +16,12 @@ from trigger_opt.transfer.client import DirectClient
 from trigger_opt.transfer.emulator.answers import ALIASES, KEY, Echo
 from trigger_opt.transfer.emulator.faults import AT_DOWNLOAD, AT_POLL, AT_SUBMIT, CONNECTION, Faults, Rule, parse_rules
 from trigger_opt.transfer.emulator.lines import ENDPOINTS, check, count
+from trigger_opt.transfer.emulator.replies import hang_up, json_object, receive, refusal, truncated
 from trigger_opt.transfer.emulator.results import hostile_zip
 from trigger_opt.transfer.emulator.state import UNFINISHED, Batch, State
 from trigger_opt.transfer.emulator.worker import Worker
 
 _HOST = "127.0.0.1"
-_CHUNK = 1 << 16
 _MAX_JSON = 1 << 24
 _SUBMIT_FIELDS = ("completion_window", "endpoint", "model", "input_file_id")
 
@@ -135,56 +134,56 @@ class Emulator:
         if rule.kind == "html":
             return web.Response(text="<html><body>gateway</body></html>", content_type="text/html")
         if rule.kind == "status":
-            return _error(rule.status, "injected", "injected", rule.retry_after)
-        return _hang_up(request)
+            return refusal(rule.status, "injected", "injected", rule.retry_after)
+        return hang_up(request)
 
     @web.middleware
     async def _authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "")
         if request.path.startswith("/api/v1/") and given != f"Bearer {self._key}":
-            return _error(401, "Unauthorized", "Invalid API key")
+            return refusal(401, "Unauthorized", "Invalid API key")
         return await handler(request)
 
     # The client's routes.
 
     async def _users(self, request: web.Request) -> web.StreamResponse:
-        body = await _json(request)
+        body = await json_object(request)
         # guess: jsinfer returns whatever JSON this is.
         return web.json_response({"success": True, "email": body.get("email")})
 
     async def _upload(self, request: web.Request) -> web.StreamResponse:
         if not request.content_type.startswith("multipart/"):
-            return _error(400, "Bad Request", "multipart/form-data expected")
+            return refusal(400, "Bad Request", "multipart/form-data expected")
         part, name, fields = self.state.part(), "", dict[str, str]()
         try:
             async for field in await request.multipart():
                 if not isinstance(field, BodyPartReader):
-                    return _error(400, "Bad Request", "a field within a field")
+                    return refusal(400, "Bad Request", "a field within a field")
                 if field.name == "file":
                     name = field.filename or "file"
-                    await _receive(field, part)
+                    await receive(field, part)
                 else:
                     fields[field.name or ""] = await field.text()
             ttl = fields.get("expires_after[seconds]", "3600")
             # guess: what the real server demands of an upload.
             if not part.is_file() or fields.get("purpose") != "batch" or not ttl.isdigit():
-                return _error(400, "Bad Request", "file, purpose=batch and expires_after[seconds] needed")
+                return refusal(400, "Bad Request", "file, purpose=batch and expires_after[seconds] needed")
             file = self.state.add_file(part, name=name, ttl=float(ttl))
         finally:
             part.unlink(missing_ok=True)
         return web.json_response({"success": True, "fileId": file.id})
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
-        given = await _json(request)
+        given = await json_object(request)
         if missing := [f for f in _SUBMIT_FIELDS if not isinstance(given.get(f), str)]:
-            return _error(400, "Bad Request", f"missing: {', '.join(missing)}")
+            return refusal(400, "Bad Request", f"missing: {', '.join(missing)}")
         if given["endpoint"] not in ENDPOINTS or given["model"] not in self._answers:
-            return _error(400, "Bad Request", f"no endpoint {given['endpoint']!r} or model {given['model']!r}")
+            return refusal(400, "Bad Request", f"no endpoint {given['endpoint']!r} or model {given['model']!r}")
         if (left := self._balance_left()) is not None and left < 0:
-            return _error(428, "Precondition required", f"Negative project balance: {left}")
+            return refusal(428, "Precondition required", f"Negative project balance: {left}")
         file = self.state.find_file(given["input_file_id"])
         if file is None:
-            return _error(404, "Not Found", "input_file_id: no such file, or expired")
+            return refusal(404, "Not Found", "input_file_id: no such file, or expired")
         lines, errors = await asyncio.to_thread(check, self.state.input_path(file.id), given["endpoint"])
         batch = Batch(
             id="",
@@ -205,12 +204,12 @@ class Emulator:
     async def _poll(self, request: web.Request) -> web.StreamResponse:
         batch = self.state.batches.get(request.match_info["id"])
         if batch is None:
-            return _error(404, "Not Found", "no such batch")
+            return refusal(404, "Not Found", "no such batch")
         gap = self.faults.gap()
         now = asyncio.get_running_loop().time()
         # guess: the real server answers 429 to polls in quick succession; whether by batch or by key is not known.
         if gap and _call(request).startswith(gap.match) and now - self._last_poll.get(batch.id, -1e9) < gap.seconds:
-            return _error(429, "Too Many Requests", "slow down", gap.retry_after)
+            return refusal(429, "Too Many Requests", "slow down", gap.retry_after)
         self._last_poll[batch.id] = now
         batch = self._settle(batch)
         # guess: all but status and errors.
@@ -227,7 +226,7 @@ class Emulator:
     async def _cancel(self, request: web.Request) -> web.StreamResponse:
         batch = self.state.batches.get(request.match_info["id"])
         if batch is None:
-            return _error(404, "Not Found", "no such batch")
+            return refusal(404, "Not Found", "no such batch")
         if batch.status in UNFINISHED:
             batch = self.state.save(batch, status="cancelled")
         # guess: jsinfer returns whatever JSON this is.
@@ -243,7 +242,7 @@ class Emulator:
         if rule is not None and rule.kind.startswith("zip_"):
             path = await asyncio.to_thread(hostile_zip, self.state, batch_id, rule.kind)
         elif rule is not None:
-            return await _truncated(request, path, announced=rule.kind == "truncate_length")
+            return await truncated(request, path, announced=rule.kind == "truncate_length")
         return web.FileResponse(path, headers={"Content-Type": "application/zip"})
 
     # The test's routes.
@@ -261,7 +260,7 @@ class Emulator:
         try:
             self.faults.rules = parse_rules(await request.json())
         except (UserError, ValueError) as error:
-            return _error(400, "Bad Request", str(error))
+            return refusal(400, "Bad Request", str(error))
         return web.json_response(self.faults.left())
 
     # What a poll and a submission rest on.
@@ -292,46 +291,3 @@ class Emulator:
 
 def _call(request: web.Request) -> str:
     return f"{request.method} {request.path}"
-
-
-def _error(status: int, error: str, details: str, retry_after: int | float | str | None = None) -> web.StreamResponse:
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    return web.json_response({"error": error, "success": False, "details": details}, status=status, headers=headers)
-
-
-def _hang_up(request: web.Request) -> web.StreamResponse:
-    if request.transport is not None:
-        request.transport.close()
-    # Goes nowhere; aiohttp wants a response of every handler.
-    return web.Response()
-
-
-async def _json(request: web.Request) -> dict[str, Any]:
-    try:
-        given = await request.json()
-    except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        text = json.dumps({"error": "Bad Request", "success": False, "details": "a JSON object expected"})
-        raise web.HTTPBadRequest(text=text, content_type="application/json")
-    return given
-
-
-async def _receive(field: BodyPartReader, path: Path) -> None:
-    with path.open("wb") as f:
-        while chunk := await field.read_chunk(_CHUNK):
-            f.write(chunk)
-
-
-async def _truncated(request: web.Request, path: Path, *, announced: bool) -> web.StreamResponse:
-    """The first half of a file: fewer bytes than announced, or a well framed answer that is short."""
-    data = path.read_bytes()
-    half = data[: len(data) // 2]
-    if not announced:
-        return web.Response(body=half, content_type="application/zip")
-    response = web.StreamResponse(headers={"Content-Length": str(len(data)), "Content-Type": "application/zip"})
-    await response.prepare(request)
-    await response.write(half)
-    if request.transport is not None:
-        request.transport.close()
-    return response
