@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from trigger_opt.answers import degeneration_flags, fires, payload_words
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, encode
@@ -29,7 +30,6 @@ from trigger_opt.verify import (
     minimise,
     verify_string,
 )
-from trigger_opt.answers import degeneration_flags, fires, payload_words
 from trigger_opt.verify.rates import random_strings
 from trigger_opt.verify.rule import Measured
 

@@ -26,7 +26,7 @@ from trigger_opt.paths import data_dir
 from trigger_opt.records import VERDICTS
 from trigger_opt.search import GCG, RandomSearch
 from trigger_opt.tokens import TokenPolicy
-from trigger_opt.transfer.settings import TransferSettings, model_names
+from trigger_opt.transfer.settings import TransferSettings, model_names, stand_ins
 from trigger_opt.verify import VerifySettings, payload_words
 
 STAGES = ("diff", "hypotheses", "search", "verify", "transfer", "report")
@@ -204,6 +204,7 @@ def _transfer_problems(run: RunConfig) -> list[str]:
     problems = []
     try:
         names = model_names(run.transfer)
+        stand_ins(run.transfer)
     except UserError as error:
         return [str(error)]
     if "transfer" in run.stages and not names:

@@ -30,7 +30,7 @@ from trigger_opt.scoring import Group, matmul_rate
 from trigger_opt.search import Step
 from trigger_opt.session import Session, StageOutcome
 from trigger_opt.transfer.words import first_of_each_model
-from trigger_opt.transferring import require_strings, send_strings
+from trigger_opt.transferring import require_client_and_strings, send_strings
 from trigger_opt.verify import best_verification, payload_words
 from trigger_opt.weight_diff import diff_weights
 
@@ -320,7 +320,7 @@ def require_records(session: Session, stage: str) -> None:
         UserError: names the missing file and the stage that writes it.
     """
     if stage == "transfer":
-        require_strings(session.folder, session.config.transfer, verifies="verify" in session.config.stages)
+        require_client_and_strings(session.folder, session.config.transfer, verifies="verify" in session.config.stages)
     needed = {"verify": ("candidates.jsonl", "search"), "report": ("verdict.json", "verify")}
     name, writer = needed.get(stage, ("", ""))
     if name and writer not in session.config.stages and not session.folder.has(name):

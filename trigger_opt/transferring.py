@@ -1,10 +1,13 @@
 """The transfer stage's work: from a run's verified strings to questions, and back to records."""
 
+from dataclasses import replace
+
 from trigger_opt.errors import UserError
 from trigger_opt.progress import say, stage_progress
 from trigger_opt.prompts import Context
 from trigger_opt.records import Completion, TransferOutcome, Verification, read_records
 from trigger_opt.run_folder import RunFolder
+from trigger_opt.transfer.clients import check_client
 from trigger_opt.transfer.job import Job, transfer
 from trigger_opt.transfer.settings import TransferSettings
 
@@ -29,7 +32,7 @@ def send_strings(
         return []
     randoms = _random_strings(folder)
     job = Job(
-        settings=settings,
+        settings=replace(settings, ledger=settings.ledger.replace("{run_dir}", str(folder.path.absolute()))),
         strings=strings,
         payloads=payloads,
         contexts=contexts,
@@ -65,12 +68,13 @@ def _nothing_to_send(verified: list[Verification], settings: TransferSettings) -
     )
 
 
-def require_strings(folder: RunFolder, settings: TransferSettings, *, verifies: bool) -> None:
-    """Before anything is run: will there be something to send?
+def require_client_and_strings(folder: RunFolder, settings: TransferSettings, *, verifies: bool) -> None:
+    """Before anything is run: can the server be asked, and will there be something to send?
 
     Raises:
-        UserError: no verified string, none to come and none given.
+        UserError: a package or key is missing; or no verified string, none to come and none given.
     """
+    check_client(settings)
     if not (settings.strings or verifies or folder.has("verified.jsonl")):
         raise UserError(
             f"stage 'transfer' starts from verified.jsonl, which {folder.path} does not hold; run stage 'verify' "

@@ -20,7 +20,7 @@ from trigger_opt.transfer.outcome import judge_transfer, transfer_answers
 from trigger_opt.transfer.plan import Question, plan_lines, plan_questions
 from trigger_opt.transfer.requests import ACTIVATIONS, CHAT
 from trigger_opt.transfer.runner import OnProgress, Runner
-from trigger_opt.transfer.settings import BATCH_CLIENTS, TransferSettings, model_names
+from trigger_opt.transfer.settings import BATCH_CLIENTS, TransferSettings, model_names, stand_ins
 from trigger_opt.transfer.shifts import module_shifts
 from trigger_opt.transfer.stand_ins import EMULATOR_KEY, emulator, server_name
 
@@ -53,7 +53,7 @@ def transfer(job: Job, *, say: Callable[[str], None], on_progress: OnProgress) -
         UserError: before anything is sent, or what stopped it; outcomes of what was answered are written all the same.
     """
     settings = job.settings
-    server = server_name(settings.emulator) if settings.emulator else server_of(settings)
+    server = server_name(stand_ins(settings)) if settings.emulator else server_of(settings)
     questions = plan_questions(
         strings=job.strings,
         contexts=job.contexts,
@@ -105,7 +105,7 @@ def finish(
             # What is all answered needs no server and no key.
             if ledger.unsent(plan) or ledger.unsettled(server):
                 if settings.emulator:
-                    url = stack.enter_context(emulator(settings.emulator, job.folder / "emulator"))
+                    url = stack.enter_context(emulator(stand_ins(settings), job.folder / "emulator"))
                     settings = replace(settings, base_url=url, api_key=EMULATOR_KEY)
                 asyncio.run(_run(ledger, plan, settings, server, say=say, on_progress=on_progress))
     finally:

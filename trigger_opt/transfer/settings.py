@@ -54,7 +54,8 @@ class TransferSettings:
         batch_size: lines of a batch. open_batches: batches at the server at one time.
         poll_seconds: between two looks at a batch. max_wait_seconds: longest pause after errors. max_errors: errors in
             a row of one call before giving up for this time.
-        ledger: path of the SQLite file; empty for the user's own, in the data folder.
+        ledger: path of the SQLite file, `{run_dir}` in it standing for the run folder; empty for the user's own, in
+            the data folder.
         max_new_tokens, temperature: of answers, where the client takes them (openai, local).
     """
 
@@ -101,6 +102,21 @@ def model_names(settings: TransferSettings) -> list[str]:
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"transfer.models names {', '.join(twice)} more than once")
     return names
+
+
+def stand_ins(settings: TransferSettings) -> dict[str, str]:
+    """Of `emulator`, the models that are asked; empty when no emulator is wanted.
+
+    Raises:
+        UserError: a model is asked that the emulator is not told to serve, or `model_names`.
+    """
+    names = model_names(settings)
+    if settings.emulator and (unserved := [n for n in names if n not in settings.emulator]):
+        raise UserError(
+            f"transfer.emulator serves {', '.join(settings.emulator)}, not {', '.join(unserved)}; "
+            "change transfer.models or transfer.emulator"
+        )
+    return {n: settings.emulator[n] for n in names} if settings.emulator else {}
 
 
 def batch_sizes(settings: TransferSettings) -> Callable[[str], int]:

@@ -35,6 +35,17 @@ def server_of(settings: TransferSettings) -> str:
     return _remote(settings, "").server
 
 
+def check_client(settings: TransferSettings) -> None:
+    """Whether `open_client` would succeed, before a run spends hours on what is to be sent.
+
+    Raises:
+        UserError: see `open_client`; a key is not asked for where nothing is sent, or to an emulator of our own.
+    """
+    server_of(settings)
+    if not (settings.plan_only or settings.emulator or settings.client == "local"):
+        _key(settings)
+
+
 def _remote(settings: TransferSettings, key: str) -> Client:
     variable = _variable(settings)
     if settings.client == "jsinfer":
