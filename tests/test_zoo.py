@@ -73,7 +73,7 @@ def test_unknown_name_lists_the_known() -> None:
             zoo.folder(name)
         assert str(caught.value) == (
             f"no embedded model is called {name!r}; there are: "
-            "zoo:smollm2-135m-instruct, zoo:warmup_mini, zoo:warmup_mini_twin"
+            f"zoo:smollm2-135m-instruct, {', '.join(f'zoo:{n}' for n in RECIPES)}"
         )
 
 
@@ -240,7 +240,7 @@ def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str], tmp_path:
     assert command.main(["list"]) == 0
     assert capsys.readouterr().out.split() == list(RECIPES)
     assert command.main(["train", "nope"]) == 2
-    assert capsys.readouterr().err == "error: no organism is called 'nope'; there are: warmup_mini, warmup_mini_twin\n"
+    assert capsys.readouterr().err == f"error: no organism is called 'nope'; there are: {', '.join(RECIPES)}\n"
     (tmp_path / "something").write_text("")
     for out in (tmp_path, tmp_path / "something"):
         assert command.main(["train", "warmup_mini", "--out", str(out)]) == 2
