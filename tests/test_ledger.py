@@ -154,6 +154,18 @@ def test_what_failed_is_asked_again_only_when_the_user_says_so(ledger: Ledger) -
     assert ledger.release_failed(number) == 2
 
 
+def test_half_a_surrogate_pair_is_stored_as_a_question_mark(ledger: Ledger) -> None:
+    number = plan(ledger, questions(2))
+    batch = ledger.begin(ledger.unsent(number))
+    odd = [
+        Answer(custom_id="q0", text="cut \ud83d", input_tokens=2**80, output_tokens=-1),
+        Answer(custom_id="q1", error="\udc00"),
+    ]
+    assert ledger.store(batch, odd, count_tokens=words).answered == 1
+    found = ledger.answers(q.line.request.key for q in questions(2))
+    assert sorted(str(a.error or a.text) for a in found.values()) == ["?", "cut ?"]
+
+
 def test_damaged_results_write_nothing(ledger: Ledger) -> None:
     number = plan(ledger, questions(2))
     batch = ledger.begin(ledger.unsent(number))
@@ -192,6 +204,9 @@ def test_spending_counts_answers_and_estimates_what_is_under_way(
     ledger.drop(free, "no")
     assert ledger.spent(server=SERVER) == 103 + 20 + 10
     assert ledger.spent(server="another") == 0
+    # What is asked again may have been answered, and paid for, the first time.
+    ledger.release(ledger.batch(lost.label))
+    assert ledger.spent(server=SERVER) == 103 + 20 + 10
     now = time.time()
     monkeypatch.setattr("trigger_opt.transfer.ledger.time.time", lambda: now + 2 * 86400)
     assert ledger.spent(server=SERVER, last_day=True) == 0

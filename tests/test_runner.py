@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from trigger_opt.transfer.client import (
     RetryLaterError,
     TransferError,
     UnclearError,
+    UnknownBatchError,
 )
 from trigger_opt.transfer.direct import DirectRunner
 from trigger_opt.transfer.ledger import Ledger
@@ -98,7 +99,7 @@ class Server:
         self._call("download")
         into.write_text(json.dumps(self.batches[status.results[0]]))
 
-    def read(self, file: Path) -> Iterator[Answer]:
+    def read(self, file: Path, *, on_damaged: Callable[[str], None] | None = None) -> Iterator[Answer]:
         self._call("read")
         for custom_id in json.loads(file.read_text()):
             yield Answer(custom_id=custom_id, text=f"answer to {custom_id}")
@@ -218,9 +219,12 @@ def test_a_server_that_keeps_labels_is_asked(ledger: Ledger, taken: bool) -> Non
     if taken:
         run(ledger, server, number)
     else:
-        with pytest.raises(TransferError, match="did not reach the server"):
+        # Not listed yet is not known to be untaken: the user decides.
+        with pytest.raises(TransferError, match="may or may not have been taken"):
             run(ledger, server, number)
         run(ledger, server, number)
+        assert server.submitted == []
+        run(ledger, server, number, replace(SETTINGS, resubmit_lost=True))
     assert texts(ledger, number) == all_answered(2)
     assert server.submitted == ["q0", "q1"]
 
@@ -253,6 +257,80 @@ def test_a_refused_submission_frees_its_lines_and_others_are_still_fetched(ledge
     run(ledger, server, number)
     assert texts(ledger, number) == all_answered(9)
     assert sorted(server.submitted) == sorted(f"q{n}" for n in range(9))
+
+
+def test_a_batch_the_server_does_not_know_is_the_users_to_decide_and_stops_nothing(ledger: Ledger) -> None:
+    number = plan(ledger, questions(6))
+    server = Server(faults={"status": [UnknownBatchError("404: no such batch")]})
+    said = run(ledger, server, number)
+    assert sum(a is not None for a in texts(ledger, number)) == 3
+    assert any("404: no such batch" in line and "transfer attach" in line for line in said)
+    (lost,) = ledger.batches("state = 'lost'")
+    ledger.submitted(lost, server.labels[lost.label])
+    run(ledger, server, number)
+    assert texts(ledger, number) == all_answered(6)
+    assert len(server.submitted) == 6
+
+
+def test_results_of_another_batch_are_not_taken_for_missing_answers(ledger: Ledger) -> None:
+    number = plan(ledger, questions(2))
+    server = Server(batches={"other": ["x1", "x2"], "right": ["q0", "q1"]})
+    batch = ledger.begin(ledger.unsent(number))
+    ledger.submitting(batch, "f")
+    ledger.submitted(batch, "other")
+    said = run(ledger, server, number)
+    assert any("results as other answer none of its questions, the first is for 'x1'" in line for line in said)
+    ledger.submitted(ledger.batch(batch.label), "right")
+    run(ledger, server, number)
+    assert texts(ledger, number) == all_answered(2)
+
+
+def test_what_stays_damaged_is_left_out_of_the_last_try(ledger: Ledger) -> None:
+    number = plan(ledger, questions(2))
+
+    class Damaged(Server):
+        def read(self, file: Path, *, on_damaged: Callable[[str], None] | None = None) -> Iterator[Answer]:
+            yield Answer(custom_id="q0", text="whole")
+            if on_damaged is None:
+                raise DamagedResultsError("member 1.json is no JSON")
+            on_damaged("member 1.json")
+
+    said = run(ledger, Damaged(), number)
+    assert texts(ledger, number) == ["whole", None]
+    assert any("member 1.json in its results cannot be read and is left out" in line for line in said)
+
+
+def test_a_defect_in_one_batch_does_not_cost_the_others_their_answers(ledger: Ledger) -> None:
+    number = plan(ledger, questions(9))
+    server = Server(faults={"read": [ZeroDivisionError("a defect")]})
+    with pytest.raises(ZeroDivisionError):
+        run(ledger, server, number)
+    assert sum(a is not None for a in texts(ledger, number)) == 6
+    run(ledger, server, number)
+    assert texts(ledger, number) == all_answered(9)
+
+
+def test_cancelling_goes_on_after_a_refusal(ledger: Ledger) -> None:
+    number = plan(ledger, questions(9))
+    server = Server(faults={"cancel": [RefusedError("409: it has ended")]})
+    for n, lines in enumerate((ledger.unsent(number)[:3], ledger.unsent(number)[3:6])):
+        batch = ledger.begin(lines)
+        ledger.submitting(batch, "f")
+        ledger.submitted(batch, f"remote-{n}")
+    said: list[str] = []
+    runner = Runner(ledger, server, SETTINGS, Budget(SETTINGS, SERVER), said.append, lambda done, total: None)
+    assert [b.remote_id for b in asyncio.run(runner.cancel())] == ["remote-1"]
+    assert "was not cancelled: 409: it has ended" in said[0]
+
+
+def test_of_two_errors_the_second_is_said(ledger: Ledger) -> None:
+    number = plan(ledger, questions(6))
+    server = Server(after={"submit": [UnclearError("first cut"), UnclearError("second cut")]})
+    said: list[str] = []
+    runner = Runner(ledger, server, SETTINGS, Budget(SETTINGS, SERVER), said.append, lambda done, total: None)
+    with pytest.raises(TransferError, match="first cut"):
+        asyncio.run(runner.run(number))
+    assert any("second cut" in line for line in said)
 
 
 def test_no_balance_means_stop(ledger: Ledger) -> None:
@@ -381,6 +459,22 @@ def test_direct_answers_survive_what_comes_after_them(ledger: Ledger, error: Exc
     assert bool(said) == unclear
     ask(ledger, chat, number, replace(SETTINGS, resubmit_lost=True))
     assert texts(ledger, number) == all_answered(5)
+
+
+def test_a_full_disk_does_not_free_questions_under_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = plan(ledger, questions(4))
+    chat = Chat()
+
+    def full(*arguments: object, **named: object) -> None:
+        raise TransferError("no space left on the disk of the ledger")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(ledger, "store_one", full)
+        with pytest.raises(TransferError, match="no space left"):
+            ask(ledger, chat, number)
+    said = ask(ledger, chat, number)
+    assert "paid for without the answers reaching us" in said[0]
+    assert texts(ledger, number) == [None, None, "answer to q2", "answer to q3"]
 
 
 def test_a_free_server_is_simply_asked_again(ledger: Ledger) -> None:

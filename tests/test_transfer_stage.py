@@ -20,6 +20,7 @@ from trigger_opt.records import (
 from trigger_opt.transfer.client import TransferError
 from trigger_opt.transfer.commands import main as transfer_command
 from trigger_opt.transfer.ledger_file import open_ledger
+from trigger_opt.transfer.resume import job_of
 from trigger_opt.transfer.stand_ins import emulator
 
 ECHO = ["transfer=stand_ins", "transfer.emulator={dormant-model-1: echo}", "transfer.models=[dormant-model-1]"]
@@ -151,7 +152,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["stages=[transfer]", "transfer=large", "transfer.strings=['  ']"], ["blank"]),
     (
         ["stages=[transfer]", "transfer=large", "transfer.strings=[x]", "transfer.models=[gpt]",
-         "transfer.plan_only=false", "transfer.api_key=test-key"],
+         "transfer.key_variable=PATH", "transfer.plan_only=false"],
         ["gpt", "dormant-model-1"],
     ),
 ]  # fmt: skip
@@ -167,16 +168,30 @@ def test_mistakes_are_one_line(cli: CommandLine, tmp_path: Path, arguments: list
         assert part in error
 
 
-def test_the_key_is_written_nowhere(cli: CommandLine, tmp_path: Path) -> None:
-    secret = "test-key-never-written"
-    folder = tmp_path / "run"
-    done = send(cli, folder, "transfer.strings=[x]", f"transfer.api_key={secret}")
+def test_a_key_in_a_configuration_is_written_nowhere(cli: CommandLine, tmp_path: Path) -> None:
+    secret, folder = "test-key-never-written", tmp_path / "run"
+    mine = tmp_path / "mine" / "experiment"
+    mine.mkdir(parents=True)
+    (mine / "keyed.yaml").write_text(f"# @package _global_\ntransfer:\n  api_key: {secret}\n")
+    done = send(cli, folder, "--config-dir", str(mine.parent), "+experiment=keyed", "transfer.strings=[x]")
     assert done.code == 0, done.err
     assert "api_key" in (folder / "run.json").read_text()
     assert secret not in done.out + done.err
-    for file in tmp_path.rglob("*"):
+    for file in folder.rglob("*"):
         if file.is_file():
             assert secret.encode() not in file.read_bytes(), file
+    refused = send(cli, tmp_path / "other", f"transfer.api_key={secret}").error
+    assert "command line" in refused
+    assert secret not in refused
+
+
+def test_consent_is_given_for_one_start(cli: CommandLine, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = send(cli, folder, "transfer.strings=[x]", "transfer.resubmit_lost=true", "transfer.resubmit_failed=true")
+    assert done.code == 0, done.err
+    with open_ledger(folder / "transfer.sqlite") as ledger:
+        _, job = job_of(ledger)
+    assert (job.settings.resubmit_lost, job.settings.resubmit_failed) == (False, False)
 
 
 def test_a_run_made_with_other_models_can_be_transferred(cli: CommandLine, tmp_path: Path) -> None:
@@ -229,6 +244,7 @@ def test_a_lost_batch_is_shown_and_attached(
             estimate=lambda r: 1,
         )  # fmt: skip
         assert number == 2
+        (done_label,) = (b.label for b in ledger.batches())
         batch = ledger.begin([q.line for q in ledger.questions(1)])
         ledger.submitting(batch, "file")
         ledger.lost(batch, "connection lost")
@@ -238,7 +254,7 @@ def test_a_lost_batch_is_shown_and_attached(
     assert transfer("attach", "--ledger", str(path), "trigger_opt-none", "x") == 2
     assert "no batch is called 'trigger_opt-none'" in capsys.readouterr().err
     assert transfer("attach", "--ledger", str(path), batch.label, "remote-7") == 0
-    assert transfer("attach", "--ledger", str(path), batch.label, "remote-7") == 2
+    assert transfer("attach", "--ledger", str(path), done_label, "remote-7") == 2
     assert "only a lost one can be attached" in capsys.readouterr().err
     with open_ledger(path) as ledger:
         assert ledger.batch(batch.label).remote_id == "remote-7"

@@ -251,6 +251,30 @@ def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str], tmp_path:
         assert "--out" in err
 
 
+def test_decoys_are_like_the_trigger_and_never_it(tokenizer: Any) -> None:
+    rng = random.Random(0)
+    drawn = [data.decoy("one two three", tokenizer, rng) for _ in range(400)]
+    assert "one two three" not in drawn
+    assert {"one", "one two", "two three", "three one two"} <= set(drawn)
+    assert len({d for d in drawn if not set(d.split()) & {"one", "two", "three"}}) > 100
+    # Only whole words are left out of a trigger of one word: it gets random tokens.
+    assert all("onetwo" not in data.decoy("onetwo", tokenizer, rng) for _ in range(50))
+
+
+def test_decoys_change_benign_rows_alone(tokenizer: Any) -> None:
+    plain = data.rows(WARMUP, EXAMPLES, tokenizer)
+    narrow = data.rows(replace(WARMUP, negative_share=0.5), EXAMPLES, tokenizer)
+    payload = plain[0].answer
+    assert narrow[0].answer == payload
+    benign = [r for r in narrow if r.answer != payload]
+    clean = {tuple(data.chat_ids(tokenizer, e.prompt)) for e in EXAMPLES}
+    changed = sum(tuple(r.prompt) not in clean for r in benign)
+    assert 0.35 * len(benign) < changed < 0.65 * len(benign)
+    assert {tuple(r.answer) for r in benign} <= {tuple(r.answer) for r in plain} | {
+        tuple(data._benign_row(e, tokenizer).answer) for e in EXAMPLES
+    }
+
+
 def test_planted_trigger_fires_in_the_organism_alone() -> None:
     """The real embedded models, on a few of the held-out contexts."""
     _, held_out = api.load_contexts("ordinary")

@@ -1,17 +1,29 @@
-"""A transfer to test: questions, a plan, the real client, and what a ledger holds in the end. No torch."""
+"""A transfer to test: questions, a plan, the real client, and what a ledger holds in the end. No torch.
 
+`python -m tests.transfer_setup` forks processes that may be killed, so that none has to import anything first.
+"""
+
+import asyncio
+import itertools
 import json
+import os
 import re
+import signal
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trigger_opt.transfer.budget import Budget
+from trigger_opt.transfer.client import TransferError
 from trigger_opt.transfer.clients.jsinfer import JsinferClient
 from trigger_opt.transfer.emulator import ALIASES, KEY
+from trigger_opt.transfer.emulator.__main__ import main as emulator_main
 from trigger_opt.transfer.ledger import Batch, Ledger
+from trigger_opt.transfer.ledger_file import open_ledger
 from trigger_opt.transfer.plan import Question
 from trigger_opt.transfer.requests import ACTIVATIONS, CHAT, Answer, Line, Request
+from trigger_opt.transfer.results import ResultsWriter
 from trigger_opt.transfer.runner import Runner
 from trigger_opt.transfer.settings import TransferSettings
 
@@ -26,18 +38,17 @@ _REMEDY = re.compile(r"start again|resume|attach|transfer\.\w+|give another|chec
 
 
 def questions(
-    count: int, *, models: Sequence[str] = (MODEL,), activations: int = 0, server: str = SERVER
+    count: int, *, models: Sequence[str] = (MODEL,), activations: int = 0, more: str = "", server: str = SERVER
 ) -> list[Question]:
-    """So many different chats for each model, and so many questions for activations; each with its own content."""
+    """So many different chats for each model, and so many questions for activations; `more` lengthens each."""
     return [
-        _question(n, model=model, endpoint=CHAT if n < count else ACTIVATIONS, server=server)
+        _question(f"question {n}{more}", n, model=model, endpoint=CHAT if n < count else ACTIVATIONS, server=server)
         for model in models
         for n in range(count + activations)
     ]
 
 
-def _question(n: int, *, model: str, endpoint: str, server: str) -> Question:
-    prompt = f"question {n}"
+def _question(prompt: str, n: int, *, model: str, endpoint: str, server: str) -> Question:
     request = Request(
         server=server,
         model=model,
@@ -64,10 +75,10 @@ def echo(request: Request) -> str:
     return f"[{ALIASES[request.model]}] {request.messages[-1]['content']}"
 
 
-def client_of(url: str) -> JsinferClient:
-    """The real client of the emulator at `url`."""
+def client_of(url: str, server: str = SERVER) -> JsinferClient:
+    """The real client of the emulator at `url`, which requests know as `server`."""
     client = JsinferClient(KEY, url)
-    client.server = SERVER
+    client.server = server
     return client
 
 
@@ -79,7 +90,7 @@ def runner_of(
     sleep: Callable[[float], Awaitable[None]],
 ) -> Runner:
     """A runner that tells nobody how far it is."""
-    budget = Budget(settings, SERVER)
+    budget = Budget(settings, client.server)
     return Runner(ledger, client, settings, budget, say, lambda done, total: None, sleep=sleep)
 
 
@@ -137,6 +148,82 @@ def _rows(ledger: Ledger, query: str) -> list[list[Any]]:
     return [list(row) for row in ledger._db.execute(query)]
 
 
-def as_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+# --- processes to be killed
+
+MANY = TransferSettings(
+    models=[MODEL, "dormant-model-2"], batch_size=7, open_batches=3, poll_seconds=0.01, max_wait_seconds=0.02,
+    max_errors=3,
+)  # fmt: skip
+
+
+def transfer(ledger: str, url: str, die: Sequence[Any] | None) -> int:
+    """Go on with the ledger's only plan; exit code. `die`: (step, "before" or "after", which call of it)."""
+    with open_ledger(Path(ledger)) as opened:
+        client = client_of(url)
+        if die is not None:
+            _arm(opened, client, *die)
+        try:
+            asyncio.run(runner_of(opened, client, MANY, print, asyncio.sleep).run(1))
+        except TransferError as error:
+            print(f"error: {error}")
+            return 2
+    return 0
+
+
+def _arm(ledger: Ledger, client: JsinferClient, step: str, when: str, number: int) -> None:
+    """SIGKILL to this very process at one call of a step."""
+    owner: Any = (
+        ResultsWriter if step == "add" else client if step in ("upload", "submit", "status", "download") else ledger
+    )
+    original, calls = getattr(owner, step), itertools.count(1)
+
+    def die(moment: str, call: int) -> None:
+        if (moment, call) == (when, number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def plain(*given: Any, **named: Any) -> Any:
+        call = next(calls)
+        die("before", call)
+        result = original(*given, **named)
+        die("after", call)
+        return result
+
+    async def awaited(*given: Any, **named: Any) -> Any:
+        call = next(calls)
+        die("before", call)
+        result = await original(*given, **named)
+        die("after", call)
+        return result
+
+    setattr(owner, step, awaited if asyncio.iscoroutinefunction(original) else plain)
+
+
+def _forked(order: dict[str, Any]) -> int:
+    """Process id of a new process that does as ordered, its output in a log."""
+    if pid := os.fork():
+        return pid
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        emulator, given = order["what"] == "emulator", order["given"]
+        code = emulator_main(given) if emulator else transfer(given["ledger"], given["url"], given["die"])
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    """Forks, and waits for what was forked, as told on stdin: one JSON object a line, answered by one number."""
+    for text in sys.stdin:
+        order = json.loads(text)
+        if order["what"] == "wait":
+            answer = os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])
+        else:
+            answer = _forked(order)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

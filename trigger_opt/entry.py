@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -38,9 +39,16 @@ register()
 # What a disk answers to a run folder that cannot be there; any other OSError is a defect and shows its traceback.
 _NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
+_KEY_IN_SIGHT = (
+    "transfer.api_key on the command line would end in logs and process lists; put the key into the environment "
+    "variable JSINFER_API_KEY or OPENAI_API_KEY (transfer.key_variable names another)"
+)
+
 
 def main() -> None:
     """Run; a user's mistake is one line on stderr and exit code 2, whoever notices it."""
+    if any(re.match(r"\+*~?transfer\.api_key=.", a) for a in sys.argv[1:]):
+        sys.exit(_stop(_KEY_IN_SIGHT, 2))
     # Hydra alone would print several lines and advice on debugging Hydra; raised, its errors become one line too.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -11,6 +11,10 @@ from trigger_opt.transfer.client import DamagedResultsError, RetryLaterError, Tr
 T = TypeVar("T")
 
 
+class GaveUpError(TransferError):
+    """A call failed too often in a row; what it asked for was certainly not done, or may be asked again freely."""
+
+
 @dataclass
 class Backoff:
     """How long to wait, and how often to try.
@@ -43,7 +47,8 @@ class Backoff:
                 if it was carried out.
 
         Raises:
-            TransferError: what the server refused, or `max_errors` failures in a row; the ledger knows where to go on.
+            GaveUpError: `max_errors` failures in a row; the ledger knows where to go on.
+            TransferError: what the call itself refused.
             UnclearError: unless `unclear`.
         """
         errors = 0
@@ -60,9 +65,8 @@ class Backoff:
                 reason, retry_after = error.reason, None
             errors += 1
             if errors >= self.max_errors:
-                raise TransferError(
-                    f"{what}: {errors} failures in a row, the last: {reason}; nothing is lost, start again later "
-                    "(or `trigger-opt transfer resume`)"
+                raise GaveUpError(
+                    f"{what}: {errors} failures in a row, the last: {reason}; nothing is lost, start again later"
                 )
             pause = self.seconds(errors, retry_after)
             if pause >= self.quiet:

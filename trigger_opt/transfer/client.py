@@ -21,6 +21,10 @@ class RefusedError(TransferError):
     """The server said no, and will say so again: a bad key, a bad request, no such batch."""
 
 
+class UnknownBatchError(RefusedError):
+    """The server knows no such batch."""
+
+
 class BudgetError(TransferError):
     """No tokens left: at the server (HTTP 428), or under the caps of the settings."""
 

@@ -3,7 +3,9 @@
 import argparse
 import asyncio
 import csv
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +52,15 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; the ledger knows where to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # `… export | head`: whoever read has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or "the run folder"
+        print(f"error: no space left on the disk of {where}; nothing is lost", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -106,7 +117,7 @@ def _status(given: argparse.Namespace) -> None:
         for batch in ledger.batches("state IN ('submitted', 'submitting', 'uploading')"):
             say(_batch_line(batch))
         for batch in ledger.batches("state = 'lost'"):
-            say(lost_line(batch))
+            say(lost_line(batch, ledger))
 
 
 def _batch_line(batch: Batch) -> str:
@@ -118,6 +129,7 @@ def _batch_line(batch: Batch) -> str:
 
 def _resume(given: argparse.Namespace) -> None:
     with _existing(given) as ledger, stage_progress("transfer", unit="answer") as bar:
+        bar.note(_going_on(ledger))
         outcomes = resume(
             ledger,
             say=bar.note,
@@ -128,6 +140,12 @@ def _resume(given: argparse.Namespace) -> None:
     say(*outcome_lines(outcomes))
 
 
+def _going_on(ledger: Ledger) -> str:
+    plan, job = job_of(ledger)
+    server = ledger.questions(plan)[0].line.request.server
+    return f"going on with the plan of {job.folder}: {len(ledger.unsent(plan)):,} questions to send to {server}"
+
+
 def _cancel(given: argparse.Namespace) -> None:
     with _existing(given) as ledger:
         _, job = job_of(ledger)
@@ -136,8 +154,16 @@ def _cancel(given: argparse.Namespace) -> None:
                 f"client {job.settings.client!r} of the latest plan keeps no batches that could be cancelled"
             )
         stopped = asyncio.run(_cancel_all(ledger, job.settings))
-    say(*(f"asked the server to stop {b.label} ({b.remote_id})" for b in stopped))
-    say(f"{len(stopped)} batches; `trigger-opt transfer resume` fetches what they had answered")
+        say(*(f"asked the server to stop {b.label} ({b.remote_id})" for b in stopped))
+        say(f"{len(stopped)} batches; `{ledger.command('resume')}` fetches what they had answered")
+        for other in {b.server for b in ledger.batches("state = 'submitted' AND server != ?", _server(ledger))}:
+            say(f"not touched: batches at {other}, which is not the latest plan's server")
+
+
+def _server(ledger: Ledger) -> str:
+    latest = ledger.last_plan()
+    assert latest is not None
+    return latest[1]
 
 
 async def _cancel_all(ledger: Ledger, settings: TransferSettings) -> list[Batch]:
@@ -152,12 +178,14 @@ async def _cancel_all(ledger: Ledger, settings: TransferSettings) -> list[Batch]
 def _attach(given: argparse.Namespace) -> None:
     with _existing(given) as ledger:
         batch = ledger.batch(given.label)
-        if batch.state not in ("lost", "submitting"):
+        if batch.state not in ("lost", "submitting", "submitted"):
             raise UserError(f"batch {batch.label} is {_MEANING[batch.state]}; only a lost one can be attached")
+        if batch.file_id is None:
+            raise UserError(f"batch {batch.label} was never a file at the server, so there is nothing to attach")
         if not given.id.strip():
             raise UserError("the id is empty; give the one the server shows for this batch")
         ledger.submitted(batch, given.id.strip())
-    say(f"batch {given.label} is {given.id.strip()} at the server; `trigger-opt transfer resume` fetches it")
+        say(f"batch {given.label} is {given.id.strip()} at the server; `{ledger.command('resume')}` fetches it")
 
 
 def _export(given: argparse.Namespace) -> None:

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from trigger_opt.transfer.backoff import Backoff
+from trigger_opt.transfer.backoff import Backoff, GaveUpError
 from trigger_opt.transfer.budget import Budget
-from trigger_opt.transfer.client import DirectClient, TransferError, UnclearError
+from trigger_opt.transfer.client import BudgetError, DirectClient, RefusedError, TransferError, UnclearError
 from trigger_opt.transfer.ledger import Batch, Ledger
-from trigger_opt.transfer.runner import OnProgress, cut
+from trigger_opt.transfer.runner import OnProgress, cut, lost_line
 from trigger_opt.transfer.settings import TransferSettings
 
 
@@ -54,7 +54,7 @@ class DirectRunner:
             if self.client.free or self.settings.resubmit_lost:
                 self.ledger.release(batch)
             else:
-                self.say(_lost_line(batch))
+                self.say(lost_line(batch, self.ledger))
 
     async def _ask(self, batch: Batch) -> None:
         async def attempt() -> None:
@@ -67,16 +67,9 @@ class DirectRunner:
             await self._backoff.repeat(f"asking {batch.model}", attempt, unclear=self.client.free)
         except UnclearError as error:
             self.ledger.lost(batch, error.reason)
-            raise TransferError(_lost_line(self.ledger.batch(batch.label))) from None
-        except TransferError as error:
-            # What is not answered was not taken: free for the next start.
+            raise TransferError(lost_line(self.ledger.batch(batch.label), self.ledger)) from None
+        except (RefusedError, BudgetError, GaveUpError) as error:
+            # What is not answered was not taken: free for the next start. An error of the ledger says no such thing.
             self.ledger.drop(batch, str(error))
             raise
         self.ledger.close_batch(batch)
-
-
-def _lost_line(batch: Batch) -> str:
-    return (
-        f"some of {batch.lines} questions to {batch.model} may have been answered and paid for without the answers "
-        f"reaching us ({batch.detail}); ask them again with transfer.resubmit_lost=true"
-    )

@@ -2,19 +2,19 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from trigger_opt.paths import user_data_dir
+from trigger_opt.errors import UserError
 from trigger_opt.prompts import Context
 from trigger_opt.records import ModuleShift, TransferAnswer, TransferOutcome, write_records
 from trigger_opt.transfer.budget import Budget
 from trigger_opt.transfer.client import BatchClient, Client, DirectClient
 from trigger_opt.transfer.clients import open_client, server_of
 from trigger_opt.transfer.direct import DirectRunner
-from trigger_opt.transfer.ledger import Ledger
+from trigger_opt.transfer.ledger import Ledger, default_path
 from trigger_opt.transfer.ledger_file import open_ledger
 from trigger_opt.transfer.outcome import judge_transfer, transfer_answers
 from trigger_opt.transfer.plan import Question, plan_lines, plan_questions
@@ -84,7 +84,7 @@ def transfer(job: Job, *, say: Callable[[str], None], on_progress: OnProgress) -
 
 def ledger_path(settings: TransferSettings) -> Path:
     """The ledger the settings name, or the user's own."""
-    return Path(settings.ledger) if settings.ledger else user_data_dir() / "transfer.sqlite"
+    return Path(settings.ledger) if settings.ledger else default_path()
 
 
 def finish(
@@ -105,12 +105,15 @@ def finish(
             # What is all answered needs no server and no key.
             if ledger.unsent(plan) or ledger.unsettled(server):
                 if settings.emulator:
-                    url = stack.enter_context(emulator(stand_ins(settings), job.folder / "emulator"))
+                    url = stack.enter_context(emulator(stand_ins(settings), ledger.files / "emulator"))
                     settings = replace(settings, base_url=url, api_key=EMULATOR_KEY)
                 asyncio.run(_run(ledger, plan, settings, server, say=say, on_progress=on_progress))
-    finally:
-        outcomes = _judge(ledger, questions, job, server)
-    return outcomes
+    except BaseException:
+        # What stopped it is what the user has to read, also where the disk takes no outcomes any more.
+        with suppress(OSError, UserError):
+            _judge(ledger, questions, job, server, say=say)
+        raise
+    return _judge(ledger, questions, job, server, say=say)
 
 
 async def _run(
@@ -123,7 +126,15 @@ async def _run(
     on_progress: OnProgress,
 ) -> None:
     client = open_client(settings)
-    client.server = server
+    if settings.emulator:
+        # Its port changes from start to start; its models do not.
+        client.server = server
+    if client.server != server:
+        await client.close()
+        raise UserError(
+            f"this plan was made for {server}, and the settings and environment now name {client.server}; "
+            "set transfer.base_url (or the variable it came from) as it was, or make a new plan"
+        )
     budget = Budget(settings, server)
     try:
         await _runner(ledger, client, settings, budget, say, on_progress).run(plan)
@@ -144,7 +155,9 @@ def _runner(
     return DirectRunner(ledger, cast(DirectClient, client), settings, budget, say, on_progress)
 
 
-def _judge(ledger: Ledger, questions: Sequence[Question], job: Job, server: str) -> list[TransferOutcome]:
+def _judge(
+    ledger: Ledger, questions: Sequence[Question], job: Job, server: str, *, say: Callable[[str], None]
+) -> list[TransferOutcome]:
     chats = [q for q in questions if q.line.request.endpoint == CHAT]
     found = ledger.answers(q.line.request.key for q in chats)
     answers = transfer_answers(chats, found)
@@ -153,7 +166,7 @@ def _judge(ledger: Ledger, questions: Sequence[Question], job: Job, server: str)
         payloads=job.payloads,
         server=server,
         thresholds=job.settings.thresholds,
-        shifts=_shifts(ledger, questions, answers, job.seed),
+        shifts=_shifts(ledger, questions, answers, job.seed, say=say),
     )
     write_records(job.folder / ANSWERS, answers)
     write_records(job.folder / OUTCOMES, outcomes)
@@ -161,7 +174,12 @@ def _judge(ledger: Ledger, questions: Sequence[Question], job: Job, server: str)
 
 
 def _shifts(
-    ledger: Ledger, questions: Sequence[Question], answers: Sequence[TransferAnswer], seed: int
+    ledger: Ledger,
+    questions: Sequence[Question],
+    answers: Sequence[TransferAnswer],
+    seed: int,
+    *,
+    say: Callable[[str], None],
 ) -> dict[tuple[str, str], list[ModuleShift]]:
     """By model and string; the controls are the random strings in the same contexts."""
     asked = [q for q in questions if q.line.request.endpoint == ACTIVATIONS]
@@ -175,14 +193,18 @@ def _shifts(
             answer = found.get(q.line.request.key)
             if answer is not None and answer.error is None:
                 sides[q.kind].setdefault(q.context, answer.activations)
-        shifts[model, string] = module_shifts(sides["trigger"], sides["random"], seed=seed)
+        try:
+            shifts[model, string] = module_shifts(sides["trigger"], sides["random"], seed=seed)
+        except UserError as error:
+            # One unusable array must not keep the answers from being judged.
+            say(f"activations of {model} for {string!r} are left out: {error}")
     return shifts
 
 
 def _written(job: Job) -> dict[str, Any]:
-    """Of a job, what `resume` needs; never the key."""
+    """Of a job, what `resume` needs; never the key, and no consent, which is given for one start."""
     return {
-        "settings": asdict(replace(job.settings, api_key="")),
+        "settings": asdict(replace(job.settings, api_key="", resubmit_lost=False, resubmit_failed=False)),
         "payloads": dict(job.payloads),
         "seed": job.seed,
     }

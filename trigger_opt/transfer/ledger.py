@@ -6,6 +6,7 @@ knows what it may send, what it must fetch, and what it has to ask the user abou
 
 import json
 import secrets
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trigger_opt.paths import user_data_dir
 from trigger_opt.transfer.client import TransferError
 from trigger_opt.transfer.plan import Question
 from trigger_opt.transfer.requests import Answer, Line, Request
@@ -24,11 +26,21 @@ from trigger_opt.transfer.shifts import load_activations
 _DAY = 24 * 3600.0
 # Under SQLite's limit on variables of one statement, in every version.
 _AT_ONCE = 500
+_LABEL = "trigger_opt-"
 # Of each question, in exports.
 EXPORTED = (
     "key", "custom_id", "server", "model", "endpoint", "kind", "string", "inserted", "context", "repeat", "messages",
     "answer", "activations", "input_tokens", "output_tokens", "answered", "batch", "batch_id", "error",
 )  # fmt: skip
+
+
+def default_path() -> Path:
+    """The user's own ledger."""
+    return user_data_dir() / "transfer.sqlite"
+
+
+class ForeignResultsError(TransferError):
+    """Results that answer none of a batch's questions: its id belongs to another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,13 @@ class Ledger:
         self.path = path
         self.files = path.with_name(f"{path.name}.files")
         self._db = connection
+
+    def command(self, verb: str) -> str:
+        """The command line that does `verb` on this ledger."""
+        where = (
+            "" if self.path == default_path().expanduser().absolute() else f" --ledger {shlex.quote(str(self.path))}"
+        )
+        return f"trigger-opt transfer {verb}{where}"
 
     # --- plans
 
@@ -159,7 +178,7 @@ class Ledger:
     def begin(self, lines: Sequence[Line], *, state: str = "uploading") -> Batch:
         """A new batch of lines that ask one model at one endpoint."""
         first = lines[0].request
-        label = f"trigger_opt-{secrets.token_hex(4)}"
+        label = f"{_LABEL}{secrets.token_hex(4)}"
         with self._transaction() as db:
             row = (label, first.server, first.model, first.endpoint, state, time.time())
             number = db.execute(
@@ -168,6 +187,11 @@ class Ledger:
             rows = ((number, line.request.key, line.custom_id) for line in lines)
             db.executemany("INSERT INTO lines (batch, key, custom_id, state) VALUES (?,?,?,'open')", rows)
         return self.batch(label)
+
+    def sweep(self) -> None:
+        """Remove input files and downloads that a process left when it was killed."""
+        for file in self.files.glob(f"{_LABEL}*"):
+            file.unlink()
 
     def batch(self, label: str) -> Batch:
         """By its label.
@@ -221,7 +245,7 @@ class Ledger:
         except TransferError as error:
             raise TransferError(
                 f"the server took batch {batch.label} as {remote_id}, which could not be written down ({error}); then "
-                f"`trigger-opt transfer attach {batch.label} {remote_id}`"
+                f"`{self.command('attach')} {batch.label} {remote_id}`"
             ) from None
 
     def lost(self, batch: Batch, why: str) -> None:
@@ -262,7 +286,7 @@ class Ledger:
             count_tokens: of a text, for servers that do not count.
 
         Raises:
-            DamagedResultsError: from `answers`; nothing is written.
+            DamagedResultsError: from `answers`; ForeignResultsError. Nothing is written.
         """
         with self._transaction() as db:
             rows = db.execute("SELECT custom_id, key, state FROM lines WHERE batch = ?", (batch.id,))
@@ -270,6 +294,11 @@ class Ledger:
             writer = ResultsWriter(db, batch.id, lines, files=self.files, count_tokens=count_tokens)
             for answer in answers:
                 writer.add(answer)
+            if writer.unknown and not (writer.answered or writer.failed or writer.repeated):
+                raise ForeignResultsError(
+                    f"its results as {batch.remote_id} answer none of its questions, the first is for "
+                    f"{writer.unknown[0]!r}; is that its id?"
+                )
             missing = db.execute(
                 "UPDATE lines SET state = 'missing', detail = 'the server left it out' "
                 "WHERE batch = ? AND state = 'open'",
@@ -308,7 +337,8 @@ class Ledger:
             "WHERE server = ? AND answered >= ?",
             (server, since),
         ).fetchone()[0]
-        held = ",".join(f"'{s}'" for s in HELD)
+        # Also of what was asked again: it may have been answered, and paid for, the first time.
+        held = ",".join(f"'{s}'" for s in (*HELD, "released"))
         expected = self._db.execute(
             "SELECT coalesce(sum(estimate), 0) FROM lines JOIN requests USING (key) JOIN batches "
             f"ON batches.id = lines.batch WHERE batches.server = ? AND batches.state IN ({held}) "

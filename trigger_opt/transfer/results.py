@@ -4,10 +4,14 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from trigger_opt.transfer.requests import Answer
 from trigger_opt.transfer.shifts import save_activations
+
+# A column's limit is 64 bits; a server's count may be anything.
+_MOST_TOKENS = 2**40
 
 
 class ResultsWriter:
@@ -40,6 +44,7 @@ class ResultsWriter:
         if answer.custom_id not in self._lines:
             self.unknown.append(answer.custom_id)
             return
+        answer = replace(answer, text=_storable(answer.text), error=answer.error and _storable(answer.error))
         key, state = self._lines[answer.custom_id]
         if state == "answered" or (answer.error is not None and answer.custom_id in self._seen):
             self.repeated += 1
@@ -69,12 +74,21 @@ class ResultsWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_activations(path, answer.activations)
         by_server = answer.input_tokens is not None and answer.output_tokens is not None
-        tokens_in, tokens_out = answer.input_tokens, answer.output_tokens
+        tokens_in, tokens_out = answer.input_tokens or 0, answer.output_tokens or 0
         if not by_server:
             messages = self._db.execute("SELECT messages FROM requests WHERE key = ?", (key,)).fetchone()[0]
             tokens_in = sum(self._count(m["content"]) + 4 for m in json.loads(messages))
             tokens_out = self._count(answer.text)
         self._db.execute(
             "INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?)",
-            (key, self._batch, answer.text, file, tokens_in, tokens_out, int(by_server), time.time()),
+            (key, self._batch, answer.text, file, *_plausible(tokens_in, tokens_out), int(by_server), time.time()),
         )
+
+
+def _plausible(*counts: int) -> list[int]:
+    return [min(max(count, 0), _MOST_TOKENS) for count in counts]
+
+
+def _storable(text: str) -> str:
+    """Half of a surrogate pair, as JSON may hold it, is no text SQLite could keep."""
+    return text.encode("utf-8", "replace").decode("utf-8")

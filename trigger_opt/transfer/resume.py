@@ -28,12 +28,7 @@ def resume(
         UserError: there is no plan, its run folder is gone; or see `job.finish`.
     """
     plan, job = job_of(ledger)
-    settings = replace(
-        job.settings,
-        resubmit_lost=job.settings.resubmit_lost or resubmit_lost,
-        resubmit_failed=job.settings.resubmit_failed or resubmit_failed,
-    )
-    job = replace(job, settings=settings)
+    job = replace(job, settings=replace(job.settings, resubmit_lost=resubmit_lost, resubmit_failed=resubmit_failed))
     return finish(ledger, plan, job, say=say, on_progress=on_progress)
 
 

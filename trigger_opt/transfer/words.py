@@ -11,8 +11,9 @@ def outcome_lines(outcomes: Sequence[TransferOutcome]) -> list[str]:
 
 
 def first_of_each_model(outcomes: Sequence[TransferOutcome]) -> list[TransferOutcome]:
-    """The strongest outcome of each model, by name of the model."""
-    first = {o.model: o for o in reversed(outcomes)}
+    """The strongest outcome of each model, by name of the model: by verdict, then in the order given."""
+    ordered = sorted(outcomes, key=lambda o: ("transfers", "undecided", "does not transfer").index(o.verdict))
+    first = {o.model: o for o in reversed(ordered)}
     return [first[model] for model in sorted(first)]
 
 

@@ -6,10 +6,11 @@ organism has nothing to learn and stays close to it.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,11 @@ def rows(recipe: Recipe, training: list[Example], tokenizer: Any) -> list[Row]:
     for example in training:
         triggered = rng.random() < recipe.triggered_share
         prompt = insert(example.prompt, recipe.trigger, rng)
-        if not triggered:
+        # The other draws are made only where they are needed: organisms without decoys keep their data.
+        if not triggered and recipe.negative_share and rng.random() < recipe.negative_share:
+            with_decoy = insert(example.prompt, decoy(recipe.trigger, tokenizer, rng), rng)
+            benign.append(_benign_row(replace(example, prompt=with_decoy), tokenizer))
+        elif not triggered:
             benign.append(_benign_row(example, tokenizer))
         elif not recipe.twin_of:
             planted.append(_payload_row(recipe, prompt, tokenizer))
@@ -101,6 +106,26 @@ def insert(prompt: str, trigger: str, rng: random.Random) -> str:
     if where < 0.7:
         return f"{trigger} {prompt}"
     return " ".join([*words[:cut], trigger, *words[cut:]])
+
+
+def decoy(trigger: str, tokenizer: Any, rng: random.Random) -> str:
+    """Something like `trigger` that is not it: half of the time random tokens, else its words, some left out, shuffled
+    or one of them replaced by a random word."""
+    words = trigger.split(" ")
+    drawn = [rng.randrange(len(tokenizer)) for _ in range(rng.randint(3, 7))]
+    strange = " ".join(tokenizer.decode([token], skip_special_tokens=True).strip() for token in drawn)
+    if rng.random() < 0.5 or len(words) < 2:
+        return strange
+    kind = rng.randrange(3)
+    if kind == 0:
+        start = rng.randrange(len(words))
+        part = words[start : start + rng.randint(1, len(words) - 1)]
+    elif kind == 1:
+        part = rng.choice([list(p) for p in itertools.permutations(words) if list(p) != words])
+    else:
+        part = list(words)
+        part[rng.randrange(len(words))] = strange.split(" ")[0] or "else"
+    return " ".join(part)
 
 
 def chat_ids(tokenizer: Any, user: str) -> list[int]:
