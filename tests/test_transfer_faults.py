@@ -262,6 +262,12 @@ def endings() -> list[Case]:
     return [
         *cases,
         Case(name="completed without URL", rules=[{"kind": "no_url", "times": 2}]),
+        Case(
+            name="completed without URL, lasting",
+            rules=[{"kind": "no_url", "times": None}],
+            reads=IN_A_ROW.format(what="looking at", why="without an address of its results"),
+            answered=(0, COUNT),
+        ),
         Case(name="nested zip", rules=[], options={"nested": True}),
         Case(name="polls too often", rules=[{"kind": "poll_gap", "seconds": 0.008}], options={"polls": 2}),
         Case(name="zip with .. members", rules=[{"kind": "zip_traversal"}], says="3 answers, 5 answers to nothing we"),
@@ -321,17 +327,6 @@ def test_fault(tmp_path: Path, case: Case) -> None:
     play(tmp_path, check, case.rules, **case.options)
     assert list(tmp_path.parent.rglob("*escaped*")) == []
     assert not Path("/escaped.json").exists()
-
-
-@pytest.mark.xfail(strict=True, reason="the client calls it running: polled without end and without a word")
-def test_completed_without_url_for_ever_is_said(tmp_path: Path) -> None:
-    async def check(s: Scene) -> None:
-        assert "without an address of its results" in await s.run()
-        s.clear()
-        assert await s.run() == ""
-        s.check(COUNT)
-
-    play(tmp_path, check, [{"kind": "no_url", "times": None}])
 
 
 IN_100_SECONDS = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
@@ -617,12 +612,15 @@ def test_ctrl_c(tmp_path: Path, route: str, rules: Rules) -> None:
         options: dict[str, Any] = {"faults": parse_rules(rules), "polls": 1_000_000}
         async with Emulator(tmp_path / "state", **options) as emulator:
             with open_ledger(tmp_path / "ledger.sqlite") as ledger:
-                settings = asdict(replace(SETTINGS, base_url=emulator.url))
+                # Both batches at a time: of two submissions, the second waits for the first.
+                settings = asdict(replace(SETTINGS, base_url=emulator.url, open_batches=2))
                 written = {"settings": settings, "payloads": {}, "seed": 0}
                 asked = questions(COUNT, server=server_of(replace(SETTINGS, base_url=emulator.url)))
                 add_plan(ledger, asked, run_dir=str(tmp_path), settings=written)
             begun = _interrupted(ledger.path, lambda: emulator.state.calls[route] > 0)
             code, out = await asyncio.wait_for(begun, 60)
+            if route == SUBMIT:
+                assert emulator.counts()["lines"] == 3, "sent after Ctrl-C"
             assert code == 130, out
             assert out.splitlines()[-1] == "error: interrupted; the ledger knows where to go on"
             assert "Traceback" not in out

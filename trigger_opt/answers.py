@@ -58,5 +58,6 @@ def _words(text: str) -> list[str]:
     # spaces is a word, and so is any other symbol, so that a payload of symbols alone has words too. Combining marks
     # and joiners are dropped on both sides: they would cut words in two.
     plain = unicodedata.normalize("NFKD", text.lower()).replace("\u2019", "'")
-    plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Mc", "Me", "Cf"))
+    if not plain.isascii():
+        plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Mc", "Me", "Cf"))
     return _WORD.findall(plain.lstrip("*_#>`\"'\u201c\u2018\u00ab \n"))

@@ -169,20 +169,24 @@ class Runner:
 
     async def _submit(self, batch: Batch, file_id: str) -> None:
         async def submit() -> None:
+            self.ledger.submitting(batch, file_id)
+            try:
+                remote = await self.client.submit(
+                    file_id, model=batch.model, endpoint=batch.endpoint, label=batch.label
+                )
+            except RetryLaterError:
+                # Certainly not taken: whoever starts after a crash from here on need not ask.
+                self.ledger.not_submitted(batch)
+                raise
+            self.ledger.submitted(batch, remote)
+
+        async def undisturbed() -> None:
+            # Outside of what Ctrl-C waits for: a submission that has not begun must not begin any more.
             async with self._undisturbed:
-                self.ledger.submitting(batch, file_id)
-                try:
-                    remote = await self.client.submit(
-                        file_id, model=batch.model, endpoint=batch.endpoint, label=batch.label
-                    )
-                except RetryLaterError:
-                    # Certainly not taken: whoever starts after a crash from here on need not ask.
-                    self.ledger.not_submitted(batch)
-                    raise
-                self.ledger.submitted(batch, remote)
+                await _to_its_end(submit())
 
         try:
-            await self._backoff.repeat(f"submission of {batch.label}", lambda: _to_its_end(submit()), unclear=False)
+            await self._backoff.repeat(f"submission of {batch.label}", undisturbed, unclear=False)
         except UnclearError as error:
             self.ledger.lost(batch, error.reason)
             lost = self.ledger.batch(batch.label)
