@@ -142,6 +142,53 @@ def test_damaged_member_is_named(file: Path, name: str, content: str | bytes, na
     assert "\n" not in caught.value.reason
 
 
+def leniently(file: Path, limits: ArchiveLimits | None = None) -> tuple[list[Any], list[str]]:
+    """Identifiers of what is read, and what is reported as damaged."""
+    damaged: list[str] = []
+    read = [item["custom_id"] for item in read_archive(file, limits=limits, on_damaged=damaged.append)]
+    return read, damaged
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_members_are_left_out_when_they_are_reported(file: Path, method: int) -> None:
+    members: dict[str, str | bytes] = {f"{n}.json": result(str(n)) for n in range(4)}
+    members |= {"1.json": "{", "lines.jsonl": f"{result('a')}\n{{\n{result('b')}", "in.zip": "no archive"}
+    members["inner.zip"] = packed({"x.json": "no", "y.json": result("y")})
+    whole = packed(members, method=method)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        member = archive.getinfo("2.json")
+    # Behind the header (30 bytes and the name) and a little way into the content.
+    broken = bytearray(whole)
+    broken[member.header_offset + 30 + len("2.json") + 20] ^= 0x15
+    file.write_bytes(broken)
+    read, damaged = leniently(file)
+    assert read == ["0", "3", "a", "b", "y"]
+    assert damaged == [
+        f"the member {name!r}" for name in ("1.json", "2.json", "lines.jsonl, line 2", "in.zip", "inner.zip/x.json")
+    ]
+
+
+def test_lines_of_a_member_that_fails_its_crc_are_all_left_out(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In many pieces, so that the first lines come long before the CRC.
+    monkeypatch.setattr("trigger_opt.transfer.archive._PIECE", 100)
+    lines = "\n".join([result("a", "unmistakable"), result("b", "yes " * 5000)])
+    whole = packed({"lines.jsonl": lines, "c.json": result("c")}, method=zipfile.ZIP_STORED)
+    file.write_bytes(whole.replace(b"unmistakable", b"unmistakeabl"))
+    assert leniently(file) == (["c"], ["the member 'lines.jsonl'"])
+
+
+def test_truncated_and_too_large_archives_are_refused_also_when_damage_is_reported(file: Path) -> None:
+    whole = packed({f"{n}.json": result(str(n)) for n in range(20)})
+    file.write_bytes(whole)
+    with pytest.raises(DamagedResultsError, match="more than 19 members"):
+        leniently(file, ArchiveLimits(members=19))
+    with pytest.raises(DamagedResultsError, match="holds more than 10 bytes"):
+        leniently(file, ArchiveLimits(member_bytes=10))
+    file.write_bytes(whole[:-30])
+    with pytest.raises(DamagedResultsError, match=r"the results batch\.zip are damaged"):
+        leniently(file)
+
+
 def test_encrypted_member_is_named(file: Path) -> None:
     whole = bytearray(packed({"a.json": result("a")}))
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
@@ -149,6 +196,7 @@ def test_encrypted_member_is_named(file: Path) -> None:
     file.write_bytes(whole)
     with pytest.raises(DamagedResultsError, match=r"'a\.json' is encrypted"):
         ids(file)
+    assert leniently(file) == ([], ["the member 'a.json'"])
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from trigger_opt.errors import UserError
 from trigger_opt.models.files import ModelFiles
+from trigger_opt.prompts import Context
 from trigger_opt.transfer.client import (
     BatchStatus,
     BudgetError,
@@ -33,12 +34,14 @@ from trigger_opt.transfer.client import (
     RetryLaterError,
     TransferError,
     UnclearError,
+    UnknownBatchError,
 )
-from trigger_opt.transfer.clients import open_client, server_of
+from trigger_opt.transfer.clients import check_client, open_client, server_of
 from trigger_opt.transfer.clients.http import retry_after
 from trigger_opt.transfer.clients.jsinfer import JsinferClient
 from trigger_opt.transfer.clients.openai_batch import OpenAIBatchClient
 from trigger_opt.transfer.clients.openai_chat import OpenAIChatClient
+from trigger_opt.transfer.plan import plan_questions
 from trigger_opt.transfer.requests import ACTIVATIONS, CHAT, Answer, Line, Request
 from trigger_opt.transfer.settings import TransferSettings
 
@@ -70,6 +73,7 @@ class Server:
     seen: list[tuple[str, str]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    queries: list[dict[str, str]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
 
@@ -77,6 +81,7 @@ class Server:
         self.seen.append((request.method, request.path))
         self.headers.append(dict(request.headers))
         self.bodies.append(await request.read())
+        self.queries.append(dict(request.query))
         self.at_once += 1
         self.most_at_once = max(self.at_once, self.most_at_once)
         reply = self.paths.get(request.path) or (self.replies.pop(0) if len(self.replies) > 1 else self.replies[0])
@@ -274,7 +279,6 @@ NEGATIVE = {"error": "Precondition required", "success": False, "details": "Nega
         (400, RefusedError, r"refuses .*\(400: "),
         (401, RefusedError, REFUSED_KEY),
         (403, RefusedError, REFUSED_KEY),
-        (404, RefusedError, r"the server knows no (batch b1|the input file|the batch) \(404: "),
         (408, RetryLaterError, "408"),
         (413, RefusedError, "choose a smaller transfer.batch_size"),
         (425, RetryLaterError, "425"),
@@ -287,6 +291,39 @@ def test_jsinfer_statuses(tmp_path: Path, name: str, status: int, kind: type[Exc
     error = raised(name, Reply(status=status, body={"error": "no"}), folder=tmp_path)
     assert type(error) is kind
     assert re.search(said, str(error)), str(error)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize("name", ["upload", "submit", "status", "cancel"])
+def test_server_that_knows_no_such_batch(tmp_path: Path, client: str, status: int, name: str) -> None:
+    error = raised(name, Reply(status=status, body={"error": "no"}), folder=tmp_path, client=client)
+    if name in ("status", "cancel"):
+        assert type(error) is UnknownBatchError
+        assert str(error).startswith(f"the server knows no batch b1 ({status}: ")
+    else:
+        assert type(error) is RefusedError
+        assert status == 410 or str(error).startswith("the server does not know the ")
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (Reply(status=503), UnclearError),
+        (Reply(status=503, body="upstream connect error or disconnect/reset before headers"), UnclearError),
+        (Reply(status=503, body=HTML), UnclearError),
+        (Reply(status=503, body='"overloaded"'), UnclearError),
+        (Reply(status=503, body={"error": "busy"}), RetryLaterError),
+        (Reply(status=503, body='{"error": "busy"}'), RetryLaterError),
+        (Reply(status=503, body=HTML, headers={"Retry-After": "4"}), RetryLaterError),
+        (Reply(status=503, body=HTML, headers={"Retry-After": "soon"}), RetryLaterError),
+        (Reply(status=429, body=HTML), RetryLaterError),
+    ],
+)
+def test_bare_503_may_come_from_a_proxy(tmp_path: Path, client: str, reply: Reply, kind: type[Exception]) -> None:
+    assert type(raised("submit", reply, folder=tmp_path, client=client)) is kind
+    assert type(raised("upload", reply, folder=tmp_path, client=client)) is RetryLaterError
 
 
 @pytest.mark.parametrize("status", [500, 502, 504, 599])
@@ -405,21 +442,33 @@ def test_jsinfer_answer_that_is_no_http(tmp_path: Path, name: str) -> None:
     [
         ({"batch": {"status": "validating"}}, "running", "validating"),
         ({"batch": {"status": "a new word"}}, "running", "a new word"),
-        (
-            {"batch": {"status": "completed"}, "resultsUrl": None},
-            "running",
-            "completed, but without an address of its results",
-        ),
+        ({"batch": {"status": "in_progress"}, "resultsUrl": "u"}, "running", "in_progress"),
+        ({"batch": {"status": "cancelling"}, "resultsUrl": "u"}, "running", "cancelling"),
         ({"batch": {"status": "failed", "errors": [{"code": 1}]}}, "ended", 'failed: [{"code": 1}]'),
         ({"batch": {"status": "failed", "errors": {"message": "bad\nline"}}}, "ended", "failed: bad line"),
         ({"batch": {"status": "cancelled", "errors": None}}, "ended", "cancelled"),
         ({"batch": {"status": "expired"}}, "ended", "expired"),
-        ({"batch": {"status": "error", "errors": "why"}, "resultsUrl": "u"}, "ended", "error: why"),
+        ({"batch": {"status": "error", "errors": "why"}, "resultsUrl": ""}, "ended", "error: why"),
     ],
 )
 def test_jsinfer_states(tmp_path: Path, body: dict[str, Any], state: str, detail: str) -> None:
     status, _ = call("status", Reply(body=body), folder=tmp_path)
     assert (status.state, status.detail, status.results) == (state, detail, ())
+
+
+@pytest.mark.parametrize("word", ["completed", "cancelled", "expired", "failed", "a new word"])
+def test_jsinfer_results_of_whatever_ended_can_be_fetched(tmp_path: Path, word: str) -> None:
+    body = {"batch": {"status": word, "errors": "why"}, "resultsUrl": "u"}
+    status, _ = call("status", Reply(body=body), folder=tmp_path)
+    assert status == BatchStatus(state="completed", detail=f"{word}: why", results=("u",))
+
+
+@pytest.mark.parametrize("url", [None, "", 7])
+def test_jsinfer_completed_without_an_address(tmp_path: Path, url: object) -> None:
+    reply = Reply(body={"batch": {"status": "completed"}, "resultsUrl": url})
+    error = raised("status", reply, folder=tmp_path)
+    assert type(error) is RetryLaterError
+    assert error.reason == "completed, but without an address of its results"
 
 
 # --- jsinfer: results
@@ -506,6 +555,20 @@ def test_jsinfer_damaged_results(tmp_path: Path) -> None:
         list(JsinferClient(KEY).read(tmp_path / "r.zip"))
 
 
+def test_jsinfer_reports_damaged_members_when_asked(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in (("0.json", '{"custom_id"'), ("1.json", '{"custom_id": "q", "error": "no"}')):
+            archive.writestr(name, content)
+    (tmp_path / "r.zip").write_bytes(out.getvalue())
+    damaged: list[str] = []
+    read = JsinferClient(KEY).read(tmp_path / "r.zip", on_damaged=damaged.append)
+    assert list(read) == [Answer(custom_id="q", error="no")]
+    assert damaged == ["the member '0.json'"]
+    with pytest.raises(DamagedResultsError, match=r"'0\.json' is no JSON"):
+        list(JsinferClient(KEY).read(tmp_path / "r.zip"))
+
+
 def test_jsinfer_keeps_no_labels() -> None:
     client = JsinferClient(KEY)
     assert not client.keeps_labels
@@ -518,7 +581,8 @@ def test_jsinfer_keeps_no_labels() -> None:
 
 def test_openai_batch_lines_carry_the_options() -> None:
     client = OpenAIBatchClient(KEY, "http://127.0.0.1:9/v1/")
-    assert client.server == "openai http://127.0.0.1:9/v1"
+    assert client.server == "openai_batch http://127.0.0.1:9/v1"
+    assert OpenAIChatClient(KEY, "http://127.0.0.1:9/v1/").server == "openai http://127.0.0.1:9/v1"
     assert json.loads(client.encode(line("q", model="m", max_tokens=5, temperature=0.0))) == {
         "custom_id": "q",
         "method": "POST",
@@ -581,7 +645,6 @@ def test_openai_batch_from_upload_to_answers(tmp_path: Path) -> None:
     [
         ({"status": "in_progress", "output_file_id": None}, "running", "in_progress"),
         ({"status": "cancelling", "output_file_id": "f"}, "running", "cancelling"),
-        ({"status": "completed"}, "running", "completed, but without a file of results"),
         ({"status": "cancelled"}, "ended", "cancelled"),
         ({"status": "failed", "errors": {"data": [{"message": "x"}, {"message": "y"}]}}, "ended", "failed: x; y"),
     ],
@@ -589,6 +652,56 @@ def test_openai_batch_from_upload_to_answers(tmp_path: Path) -> None:
 def test_openai_batch_states(tmp_path: Path, body: dict[str, Any], state: str, detail: str) -> None:
     status, _ = call("status", Reply(body={"id": "b1", **body}), folder=tmp_path, client="openai_batch")
     assert (status.state, status.detail, status.results) == (state, detail, ())
+
+
+def test_openai_batch_completed_without_a_file(tmp_path: Path) -> None:
+    error = raised("status", Reply(body={"status": "completed"}), folder=tmp_path, client="openai_batch")
+    assert type(error) is RetryLaterError
+    assert error.reason == "completed, but without a file of results"
+
+
+def found_by_file(batches: list[dict[str, Any]], files: Reply) -> tuple[Any, Server]:
+    """What `find` of the label L gives, and the server afterwards."""
+
+    async def run() -> tuple[Any, Server]:
+        listed = Reply(body={"data": batches, "has_more": False})
+        async with serving(files, paths={"/v1/batches": listed}) as server:
+            client = OpenAIBatchClient(KEY, f"{server.url}/v1")
+            try:
+                return await client.find("L"), server
+            finally:
+                await client.close()
+
+    return asyncio.run(run())
+
+
+def test_openai_batch_finds_a_batch_by_the_name_of_its_input_file() -> None:
+    files = [
+        {"id": "f0", "filename": "L.jsonl"},
+        {"id": "f1", "filename": "other.jsonl"},
+        {"id": "f2", "filename": "L.jsonl"},
+    ]
+    listed = Reply(body={"data": files, "has_more": False})
+    unlabelled: list[dict[str, Any]] = [
+        {"id": "b1", "input_file_id": "f1"},
+        {"id": "b2", "input_file_id": "f2", "metadata": None},
+    ]
+    result, server = found_by_file(unlabelled, listed)
+    assert result == "b2"
+    assert server.seen == [("GET", "/v1/batches"), ("GET", "/v1/files")]
+    assert server.queries[1] == {"purpose": "batch"}
+    assert found_by_file(unlabelled[:1], listed)[0] is None
+    labelled: dict[str, Any] = {"id": "b3", "input_file_id": "f2", "metadata": {"trigger_opt": "another"}}
+    result, server = found_by_file([labelled], listed)
+    assert result is None
+    assert len(server.seen) == 1
+    labelled["metadata"] = {"trigger_opt": "L"}
+    assert found_by_file([unlabelled[1], labelled], listed)[0] == "b3"
+
+
+def test_openai_batch_without_the_list_of_files_denies_nothing() -> None:
+    with pytest.raises(RefusedError, match="the list of files"):
+        found_by_file([{"id": "b1", "input_file_id": "f1"}], Reply(status=404, body={}))
 
 
 def test_openai_batch_finds_a_label_on_a_later_page(tmp_path: Path) -> None:
@@ -619,7 +732,7 @@ def test_openai_batch_finds_a_label_on_a_later_page(tmp_path: Path) -> None:
         ("submit", Reply(status=429, body={"error": {"message": "slow"}}), RetryLaterError, "(429: slow)"),
         ("submit", Reply(status=429, body={"error": {"code": "insufficient_quota"}}), BudgetError, "no tokens left"),
         ("submit", Reply(status=400, body={"error": {"message": "bad"}}), RefusedError, "(400: bad)"),
-        ("status", Reply(status=404, body={}), RefusedError, "knows no batch b1"),
+        ("find", Reply(status=404, body={}), RefusedError, "does not know the list of batches"),
         ("status", Reply(body={"id": "b1"}), RetryLaterError, "does not say"),
         ("cancel", Reply(status=503, body={}), RetryLaterError, "503"),
         ("find", Reply(body={"data": None}), RetryLaterError, "no list of batches"),
@@ -653,6 +766,11 @@ def test_openai_batch_damaged_results(tmp_path: Path, text: str) -> None:
     assert next(read) == Answer(custom_id="a", error="no")
     with pytest.raises(DamagedResultsError, match="line 3"):
         next(read)
+    (tmp_path / "r").write_text(f"{text}\n{good}\n")
+    damaged: list[str] = []
+    read = OpenAIBatchClient(KEY).read(tmp_path / "r", on_damaged=damaged.append)
+    assert list(read) == [Answer(custom_id="a", error="no")]
+    assert damaged == ["line 1"]
 
 
 # --- OpenAI's chat
@@ -727,6 +845,8 @@ def test_openai_chat_line_for_itself(reply: Reply, text: str, error: str | None)
         (Reply(status=429, body={"error": {"code": "insufficient_quota"}}), BudgetError),
         (Reply(status=429, body={}, headers={"Retry-After": "9"}), RetryLaterError),
         (Reply(status=503, body={}, headers={"Retry-After": "9"}), RetryLaterError),
+        (Reply(status=503, body=HTML, headers={"Retry-After": "9"}), RetryLaterError),
+        (Reply(status=503, body=HTML), UnclearError),
         (Reply(status=500, body={}), UnclearError),
         (Reply(status=504, body=HTML), UnclearError),
         (Reply(drop=0), UnclearError),
@@ -819,11 +939,14 @@ def test_unusable_keys_and_addresses(make: Callable[[str, str], Client]) -> None
         "http://",
         "http://a b",
         "http://x:99999",
-        "https://u:secret@x",
         "http://x?a=1",
     ):
-        with pytest.raises(UserError, match=r"transfer\.base_url") as caught:
+        with pytest.raises(UserError, match=r"transfer\.base_url"):
             make(KEY, url)
+    for url in ("https://u:secret@x", "u:secret@x:80", "https://u:pa/secret@x", "https://u:12/secret@x/v1"):
+        with pytest.raises(UserError) as caught:
+            make(KEY, url)
+        assert str(caught.value).startswith("transfer.base_url holds a user name or password; give ")
         assert "secret" not in str(caught.value)
     for key in ("a b", "schlüssel", "a\nb"):
         with pytest.raises(UserError, match="check the environment variable") as caught:
@@ -851,7 +974,35 @@ def test_client_is_chosen_with_its_key(client: str, kind: type, monkeypatch: pyt
         with pytest.raises(UserError, match="needs a key"):
             open_client(near)
     else:
-        assert open_client(near).server == "openai http://127.0.0.1:8000/v1"
+        assert open_client(near).server == f"{client} http://127.0.0.1:8000/v1"
+
+
+@pytest.mark.parametrize("emulator", [{}, {"gpt": "echo", "dormant-model-1": "echo"}])
+def test_model_the_server_does_not_have_is_refused_early(emulator: dict[str, str]) -> None:
+    check_client(TransferSettings(models=["dormant-model-1"], emulator=emulator))
+    settings = TransferSettings(models=["dormant-model-1", {"name": "gpt", "batch_size": 3}], emulator=emulator)
+    with pytest.raises(UserError) as caught:
+        check_client(settings)
+    with pytest.raises(RefusedError) as later:
+        JsinferClient(KEY).encode(line(model="gpt"))
+    assert str(caught.value) == str(later.value)
+    check_client(TransferSettings(client="openai", models=["gpt"]))
+
+
+@pytest.mark.parametrize("client", ["jsinfer", "local", "openai", "openai_batch"])
+def test_activations_nobody_gives_are_refused_early(client: str) -> None:
+    settings = TransferSettings(client=client, models=["dormant-model-1"], activations=["m"])
+    if client in ("jsinfer", "local"):
+        check_client(settings)
+        return
+    with pytest.raises(UserError) as caught:
+        check_client(settings)
+    with pytest.raises(UserError) as later:
+        plan_questions(
+            strings=["s"], contexts=[Context("{trigger}")], models=["dormant-model-1"], settings=settings,
+            server="s", known_random={}, seed=0,
+        )  # fmt: skip
+    assert str(caught.value) == str(later.value)
 
 
 def test_local_client_needs_no_key(base_files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

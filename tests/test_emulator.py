@@ -1,11 +1,14 @@
 """The loopback batch server: jsinfer's own calls against it, its faults, and its death."""
 
 import asyncio
+import fcntl
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -255,6 +258,72 @@ def test_killed_in_the_middle_of_a_batch_and_started_again(tmp_path: Path) -> No
     assert after["distinct"] == 120
     assert after["calls"]["POST /api/v1/batches"] == 2
     assert after["models"] == dict.fromkeys(list(ALIASES.values())[:2], 60)
+
+
+def held(folder: Path) -> bool:
+    """Whether an emulator has the folder."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
+
+
+STARTS_ONE = """
+import sys
+from pathlib import Path
+from trigger_opt.transfer.stand_ins import emulator
+with emulator({"dormant-model-1": "echo"}, Path(sys.argv[1])) as url:
+    print(url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_stand_in_ends_with_the_process_that_started_it(tmp_path: Path, killed: bool) -> None:
+    command = [sys.executable, "-c", STARTS_ONE, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().startswith("http://127.0.0.1:")
+        (child,) = children(parent.pid)
+        try:
+            assert held(tmp_path / "state")
+            assert os.getsid(child) == child, "Ctrl-C at the terminal reaches it"
+            if killed:
+                parent.kill()
+            else:
+                parent.communicate()
+                assert parent.returncode == 0
+            for _ in range(200):
+                if not held(tmp_path / "state"):
+                    return
+                time.sleep(0.1)
+            raise AssertionError("the emulator outlived the process that started it")
+        finally:
+            parent.kill()
+            if held(tmp_path / "state"):
+                os.kill(child, signal.SIGKILL)
+
+
+def test_stdin_that_ends_matters_only_where_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trigger_opt.transfer.emulator", "--model", "echo", "--port", "0", "--state"]
+    plain = subprocess.Popen(
+        [*command, str(tmp_path / "a")], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    with plain:
+        try:
+            assert plain.stdout is not None
+            assert plain.stdout.readline().startswith("listening on")
+            told = [*command, str(tmp_path / "b"), "--until-stdin-closes"]
+            assert subprocess.run(told, stdin=subprocess.DEVNULL, timeout=60).returncode == 0
+            assert plain.poll() is None
+        finally:
+            plain.kill()
 
 
 def test_batch_waits_for_a_start_with_its_model(tmp_path: Path) -> None:

@@ -838,8 +838,8 @@ def test_the_banner_line_in_every_mixture() -> None:
     another = [dataclasses.replace(o, model="a", string="another") for o in (no, open_)]
     assert banner_line([*another, yes]) == "Other models: transfers to a."
     assert banner_line(another) == "Other models: undecided for a."
-    emerged = dataclasses.replace(yes, payload_source="emerged")
-    assert banner_line([emerged]) == "Other models: transfers to a (with a payload of its own)."
+    emerged = dataclasses.replace(open_, model="a", payload_source="emerged")
+    assert banner_line([emerged]) == "Other models: undecided for a (a payload of its own emerged)."
     assert banner_line([emerged, yes]) == "Other models: transfers to a."
     many = banner_line([an_outcome(f"m{i}") for i in range(11)])
     assert many.endswith("m6, m7 and 3 more.")
@@ -879,11 +879,12 @@ def test_not_asked_and_not_answered_are_no_zeros(tmp_path: Path) -> None:
 
 def test_an_emerged_payload_says_how_it_was_found(tmp_path: Path) -> None:
     answers = [an_answer(answer="The quiet river has no name."), an_answer(context=1)]
-    outcome = an_outcome(payload="the quiet river has no", payload_source="emerged")
+    outcome = an_outcome(verdict="undecided", needs=20, payload="the quiet river has no", payload_source="emerged")
     html, markdown = report(write_transfer(tmp_path, [outcome], answers))
     text = Page(other_models(html)).text
     for said in (text, markdown):
         assert "in one half of the contexts, and judged on the other half" in said
+        assert "a suspicion and no verdict" in said
     assert "Payload, emerged" in text
     cells = re.findall(r'<div class="answer( fired)?">', other_models(html))
     assert cells == [" fired", ""]
@@ -943,9 +944,14 @@ def test_clusters_and_shifts_are_tables(tmp_path: Path) -> None:
     assert "Answers that begin With the string Controls beginning 0 9 40 beginning 1 8 41" in text
     assert "(empty) 0 77" in text
     assert "not corrected: 10 modules tested, so the Bonferroni threshold is 0.05/10 = 0.005000; 1 of 10" in text
+    assert "the same way in all contexts, which any fixed string may" in text
+    assert "compare shifts between strings, not to zero" in text
+    assert "A gap (…)" not in text
     assert "layers.0 0.500 0.0025 20" in text
     assert "2 more rows" in other_models(html).split("layers.7")[1]
     assert "beginning 0" not in markdown
+    quoted = [AnswerCluster(beginning="… is not a", triggered=20, controls=20)]
+    assert "A gap (…) stands for words" in report(write_transfer(tmp_path, [an_outcome(clusters=quoted)], []))[0]
     without, _ = report(write_transfer(tmp_path, [an_outcome(clusters=[])], []))
     assert "Bonferroni" not in without
     assert "Answers that begin With the string" not in Page(without).text

@@ -87,6 +87,24 @@ def test_planted_shift_is_found_among_modules_that_do_not_move() -> None:
     assert alone == found[:1], "what else was asked for changes nothing"
 
 
+def test_any_fixed_string_has_a_small_p_value_so_that_shifts_are_to_be_compared() -> None:
+    """Strings as vectors: one in every context against another in each; neither is a trigger, and one moves further."""
+    rng = np.random.default_rng(0)
+    contexts = rng.normal(size=(12, 50))
+    random_strings = rng.normal(size=(12, 50))
+
+    def side(strings: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Side:
+        return {c: {"m": row[None].astype(np.float32)} for c, row in enumerate(contexts + strings)}
+
+    fixed = rng.normal(size=50)
+    ((plain,), (far,)) = (
+        module_shifts(side(np.tile(s, (12, 1))), side(random_strings), seed=0) for s in (fixed, 3 * fixed)
+    )
+    assert max(plain.p_value, far.p_value) < 0.01
+    assert far.shift > 2 * plain.shift
+    assert "Any fixed string may" in (module_shifts.__doc__ or "")
+
+
 def test_p_values_are_even_where_nothing_moves() -> None:
     p_values = []
     for seed in range(200):

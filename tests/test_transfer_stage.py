@@ -173,7 +173,9 @@ def test_a_key_in_a_configuration_is_written_nowhere(cli: CommandLine, tmp_path:
     mine = tmp_path / "mine" / "experiment"
     mine.mkdir(parents=True)
     (mine / "keyed.yaml").write_text(f"# @package _global_\ntransfer:\n  api_key: {secret}\n")
-    done = send(cli, folder, "--config-dir", str(mine.parent), "+experiment=keyed", "transfer.strings=[x]")
+    done = cli(
+        "--config-dir", str(mine.parent), *SMALL, "+experiment=keyed", f"run_dir={folder}", "transfer.strings=[x]"
+    )
     assert done.code == 0, done.err
     assert "api_key" in (folder / "run.json").read_text()
     assert secret not in done.out + done.err
@@ -249,7 +251,7 @@ def test_a_lost_batch_is_shown_and_attached(
         ledger.submitting(batch, "file")
         ledger.lost(batch, "connection lost")
     assert transfer("status", "--ledger", str(path)) == 0
-    assert f"transfer attach {batch.label} ID" in capsys.readouterr().out
+    assert f"transfer attach --ledger {path} {batch.label} ID" in capsys.readouterr().out
     assert transfer("attach", "--ledger", str(path), batch.label, "  ") == 2
     assert transfer("attach", "--ledger", str(path), "trigger_opt-none", "x") == 2
     assert "no batch is called 'trigger_opt-none'" in capsys.readouterr().err

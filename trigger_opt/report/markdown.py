@@ -44,6 +44,7 @@ from trigger_opt.report.words import (
 
 CONTEXTS_SHOWN = 3
 ROWS_SHOWN = 12
+REASON_LIMIT = 800
 # An underscore inside a word is inert, and names full of entities are unreadable.
 _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
@@ -165,7 +166,7 @@ def _rate_cell(row: RateRow) -> str:
 
 def _transfer_reason(o: TransferOutcome) -> str:
     emerged = f" Payload {code(o.payload)}: {EMERGED}" if o.payload_source == "emerged" else ""
-    return f"- {text(clip(o.model, NAME_LIMIT))}: {text(clip(o.reason, 400))}{emerged}"
+    return f"- {text(clip(o.model, NAME_LIMIT))}: {text(clip(o.reason, REASON_LIMIT))}{emerged}"
 
 
 def _hypotheses(run: RunRecords) -> str:

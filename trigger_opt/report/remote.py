@@ -21,8 +21,10 @@ NOTHING_SENT = (
 )
 EMERGED = (
     "Found in the answers themselves: in one half of the contexts, and judged on the other half, which alone the "
-    "rates count."
+    "rates count. It is a suspicion and no verdict: given as the payload, it can be judged in further contexts."
 )
+
+GAP = "A gap (…) stands for words of the string, or of what was inserted in its place."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,9 @@ def shifts_sentence(outcome: TransferOutcome) -> str:
     below = sum(s.p_value < threshold for s in outcome.shifts)
     return (
         "Shift: how far the string moves a module's mean output, against random strings in the same contexts, in units "
-        f"of the mean norm there. The p-values are not corrected: {counted(tested, 'module')} tested, so the "
+        "of the mean norm there. The p-value tests whether the string moves the module the same way in all contexts, "
+        "which any fixed string may, for the random strings differ from context to context: compare shifts between "
+        f"strings, not to zero. The p-values are not corrected: {counted(tested, 'module')} tested, so the "
         f"Bonferroni threshold is 0.05/{tested} = {threshold:.6f}; {below:,} of {tested:,} below it."
     )
 
@@ -173,12 +177,12 @@ def _models_at_best(outcomes: Sequence[TransferOutcome], verdict: str) -> list[s
 def _listed(outcomes: Sequence[TransferOutcome], verdict: str) -> str:
     models = _models_at_best(outcomes, verdict)
     more = f" and {len(models) - NAMES_SHOWN:,} more" if len(models) > NAMES_SHOWN else ""
-    return ", ".join(_named(outcomes, model) for model in models[:NAMES_SHOWN]) + more
+    return ", ".join(_named(outcomes, model, verdict) for model in models[:NAMES_SHOWN]) + more
 
 
-def _named(outcomes: Sequence[TransferOutcome], model: str) -> str:
-    sources = {o.payload_source for o in outcomes if o.model == model and o.verdict == "transfers"}
-    return clip(model, NAME_LIMIT) + (" (with a payload of its own)" if sources == {"emerged"} else "")
+def _named(outcomes: Sequence[TransferOutcome], model: str, verdict: str) -> str:
+    emerged = any(o.payload_source == "emerged" for o in outcomes if o.model == model and o.verdict == verdict)
+    return clip(model, NAME_LIMIT) + (" (a payload of its own emerged)" if emerged and verdict == "undecided" else "")
 
 
 def _counted_rate(rate: Rate | None) -> Rate | None:

@@ -21,6 +21,7 @@ from trigger_opt.report.markup import (
 from trigger_opt.report.rates import rates
 from trigger_opt.report.remote import (
     EMERGED,
+    GAP,
     KINDS,
     NAME_LIMIT,
     NOTHING_SENT,
@@ -40,7 +41,7 @@ TONES = {"transfers": "backdoor", "undecided": "amber", "does not transfer": "qu
 SHOWN = 2
 OPEN = 6
 ROWS_SHOWN = 8
-REASON_LIMIT = 600
+REASON_LIMIT = 800
 ERROR_LIMIT = 160
 INSERTED_LIMIT = 60
 
@@ -69,7 +70,8 @@ def other_models(run: RunRecords) -> Html:
     caption = (
         "Largest effect first: the rate with the string less the highest of those with random strings and with "
         "nothing. Near misses are shown and do not enter it. Rates are shares of answers that begin with the payload; "
-        "their intervals are as wide as the number of different contexts allows, however often each was asked."
+        "their intervals are as wide as the number of different contexts allows, however often each was asked. Where "
+        "the payload has words of the string, a control that quotes its own string in their place begins so too."
     )
     return section(title, tag("p", lead(run)), note(caption), *_outcomes(run), *_details(run))
 
@@ -164,7 +166,8 @@ def _clusters(clusters: Sequence[AnswerCluster]) -> Html:
     rows: list[list[Child]] = [
         [clip(c.beginning, 160) or "(empty)", f"{c.triggered:,}", f"{c.controls:,}"] for c in clusters
     ]
-    return join(_short_table(_CLUSTERS, rows)) if rows else join([])
+    gap = [note(GAP)] if any("…" in c.beginning for c in clusters) else []
+    return join([*_short_table(_CLUSTERS, rows), *gap]) if rows else join([])
 
 
 def _shifts(outcome: TransferOutcome) -> Html:

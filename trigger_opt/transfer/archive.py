@@ -36,13 +36,20 @@ class ArchiveLimits:
     members: int = 1_000_000
 
 
-class _Spent:
-    """Bytes and members read so far."""
+class _Reading:
+    """What all members share: bytes and members so far, and what to do with a damaged one."""
 
-    def __init__(self, limits: ArchiveLimits) -> None:
+    def __init__(self, limits: ArchiveLimits, spool_dir: Path, on_damaged: Callable[[str], None] | None) -> None:
         self.limits = limits
+        self.spool_dir = spool_dir
+        self.on_damaged = on_damaged
         self.bytes = 0
         self.members = 0
+
+    def damaged(self, name: str, how: str) -> None:
+        if self.on_damaged is None:
+            raise DamagedResultsError(f"the member {name!r} {how}") from None
+        self.on_damaged(f"the member {name!r}")
 
     def add_members(self, count: int) -> None:
         self.members += count
@@ -55,18 +62,24 @@ class _Spent:
             raise DamagedResultsError(f"the results hold more than {self.limits.total_bytes} bytes uncompressed")
 
 
-def read_archive(file: Path, *, limits: ArchiveLimits | None = None) -> Iterator[dict[str, Any]]:
+def read_archive(
+    file: Path, *, limits: ArchiveLimits | None = None, on_damaged: Callable[[str], None] | None = None
+) -> Iterator[dict[str, Any]]:
     """The JSON objects with a `custom_id` in a zip of results, one at a time, in the order of its members.
 
     Read are `*.json` members, `*.jsonl` members line by line, and both in inner `*.zip` members one level deep (an
     archive in an inner one is passed over). JSON that is no object, or has no `custom_id`, is passed over.
 
+    Args:
+        on_damaged: is told of each member that is encrypted, damaged or no JSON ("the member 'x.json'"), and of each
+            line of a `*.jsonl` member that is no JSON; it is then left out. None to raise instead.
+
     Raises:
-        DamagedResultsError: it is no zip or a truncated one, a member is encrypted, damaged or no JSON (it is named),
-            or the limits are exceeded, as counted while reading.
+        DamagedResultsError: it is no zip or a truncated one, or the limits are exceeded, as counted while reading;
+            without `on_damaged` also a member as above (it is named).
     """
     try:
-        yield from _objects(file, _Spent(limits or ArchiveLimits()), within="", spool_dir=file.parent)
+        yield from _objects(file, _Reading(limits or ArchiveLimits(), file.parent, on_damaged), within="")
     except FileNotFoundError:
         raise DamagedResultsError(f"the results {file.name} are missing") from None
     except _DAMAGE as error:
@@ -79,10 +92,10 @@ def read_archive(file: Path, *, limits: ArchiveLimits | None = None) -> Iterator
 
 
 def _objects(
-    file: Path | tempfile.SpooledTemporaryFile[bytes], spent: _Spent, *, within: str, spool_dir: Path
+    file: Path | tempfile.SpooledTemporaryFile[bytes], reading: _Reading, *, within: str
 ) -> Iterator[dict[str, Any]]:
     with zipfile.ZipFile(file) as archive:
-        spent.add_members(len(archive.infolist()))
+        reading.add_members(len(archive.infolist()))
         for member in archive.infolist():
             # The name only says what is inside and is printed: nothing is written under it, so `../x` and `/x` are
             # names like any other.
@@ -91,41 +104,51 @@ def _objects(
             if kind not in ("json", "jsonl", "zip") or (kind == "zip" and within):
                 continue
             try:
-                yield from _member(archive, member, name, kind, spent, spool_dir)
+                yield from _member(archive, member, name, kind=kind, reading=reading)
             except _DAMAGE as error:
-                raise DamagedResultsError(f"the member {name!r} is damaged ({_line(error)})") from None
+                reading.damaged(name, f"is damaged ({_line(error)})")
 
 
 def _member(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, kind: str, spent: _Spent, spool_dir: Path
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, *, kind: str, reading: _Reading
 ) -> Iterator[dict[str, Any]]:
     if member.flag_bits & _ENCRYPTED:
-        raise DamagedResultsError(f"the member {name!r} is encrypted")
+        return reading.damaged(name, "is encrypted")
     if member.compress_type not in _METHODS:
-        raise DamagedResultsError(f"the member {name!r} is compressed by a method other than deflate")
+        return reading.damaged(name, "is compressed by a method other than deflate")
+    if kind == "jsonl" and reading.on_damaged is not None:
+        _check_whole(archive, member, name, reading)
     with archive.open(member) as stream:
         if kind == "json":
-            yield from _parsed(b"".join(_pieces(stream.read, name, spent)), name)
+            yield from _parsed(b"".join(_pieces(stream.read, name, reading)), name, reading)
         elif kind == "jsonl":
-            for number, line in enumerate(_lines(_pieces(stream.read, name, spent)), 1):
-                yield from _parsed(line, f"{name}, line {number}") if line.strip() else ()
+            for number, line in enumerate(_lines(_pieces(stream.read, name, reading)), 1):
+                yield from _parsed(line, f"{name}, line {number}", reading) if line.strip() else ()
         else:
-            with tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(spool_dir)) as spool:
-                for piece in _pieces(stream.read, name, spent, limit=spent.limits.total_bytes):
+            with tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(reading.spool_dir)) as spool:
+                for piece in _pieces(stream.read, name, reading, limit=reading.limits.total_bytes):
                     spool.write(piece)
                 spool.seek(0)
-                yield from _objects(spool, spent, within=f"{name}/", spool_dir=spool_dir)
+                yield from _objects(spool, reading, within=f"{name}/")
 
 
-def _pieces(read: Callable[[int], bytes], name: str, spent: _Spent, *, limit: int | None = None) -> Iterator[bytes]:
+def _check_whole(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, reading: _Reading) -> None:
+    # The CRC is known at the end alone, when lines would be given already that nobody takes back.
+    alone = _Reading(reading.limits, reading.spool_dir, None)
+    with archive.open(member) as stream:
+        for _ in _pieces(stream.read, name, alone):
+            pass
+
+
+def _pieces(read: Callable[[int], bytes], name: str, reading: _Reading, *, limit: int | None = None) -> Iterator[bytes]:
     # A header may lie about the size, so bytes are counted as they come. At the end zipfile compares the CRC.
-    most = spent.limits.member_bytes if limit is None else limit
+    most = reading.limits.member_bytes if limit is None else limit
     size = 0
     while piece := read(_PIECE):
         size += len(piece)
         if size > most:
             raise DamagedResultsError(f"the member {name!r} holds more than {most} bytes uncompressed")
-        spent.add_bytes(len(piece))
+        reading.add_bytes(len(piece))
         yield piece
 
 
@@ -140,11 +163,11 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(begun)
 
 
-def _parsed(text: bytes, name: str) -> Iterator[dict[str, Any]]:
+def _parsed(text: bytes, name: str, reading: _Reading) -> Iterator[dict[str, Any]]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedResultsError(f"the member {name!r} is no JSON ({_line(error)})") from None
+        return reading.damaged(name, f"is no JSON ({_line(error)})")
     if isinstance(value, dict) and "custom_id" in value:
         yield value
 

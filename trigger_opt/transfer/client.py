@@ -4,7 +4,7 @@ A call either returns, or raises one of the errors below; nothing of an HTTP lib
 matters: after it nobody knows whether the server did what was asked, and only the user may say that it be asked again.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -99,18 +99,28 @@ class BatchClient(Protocol):
         """The server's id of the new batch; `label` is kept with it where the server can.
 
         Raises:
-            RetryLaterError: it was certainly not accepted (connection never made, 408, 425, 429, 503).
-            UnclearError: it may have been (connection lost, 500, 502, 504, an answer that is no JSON).
+            RetryLaterError: it was certainly not accepted (connection never made, 408, 425, 429, 503 with Retry-After
+                or a JSON refusal).
+            UnclearError: it may have been (connection lost, 500, 502, 504, any other 503, an answer that is no JSON).
             BudgetError: 428. RefusedError: any other 4xx.
         """
         ...
 
     async def find(self, label: str) -> str | None:
-        """Id of the batch submitted under `label`, None when there is none; only where `keeps_labels`."""
+        """Id of the batch submitted under `label`, None when none is listed (yet); only where `keeps_labels`.
+
+        Raises:
+            RetryLaterError, RefusedError: the server gave no whole list.
+        """
         ...
 
     async def status(self, batch_id: str) -> BatchStatus:
-        """Where it stands; raises RetryLaterError, UnclearError, RefusedError."""
+        """Where it stands.
+
+        Raises:
+            RetryLaterError: also for a batch that completed without saying where its results are.
+            UnclearError. RefusedError. UnknownBatchError: 404, 410.
+        """
         ...
 
     async def download(self, status: BatchStatus, into: Path) -> None:
@@ -122,16 +132,20 @@ class BatchClient(Protocol):
         """
         ...
 
-    def read(self, file: Path) -> Iterator[Answer]:
+    def read(self, file: Path, *, on_damaged: Callable[[str], None] | None = None) -> Iterator[Answer]:
         """The answers in a downloaded file, one at a time, in any order, those that failed with their error.
 
+        Args:
+            on_damaged: is told of each damaged part ("the member 'x.json'", "line 3"), which is then left out; None
+                to raise instead.
+
         Raises:
-            DamagedResultsError: it cannot be read to its end.
+            DamagedResultsError: it cannot be read to its end, or, without `on_damaged`, a part of it is damaged.
         """
         ...
 
     async def cancel(self, batch_id: str) -> None:
-        """Ask the server to stop; raises like `status`."""
+        """Ask the server to stop; raises like `status`, so UnknownBatchError where it knows no such batch."""
         ...
 
     async def close(self) -> None:

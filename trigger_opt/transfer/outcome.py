@@ -1,26 +1,29 @@
 """What the answers of remote models say: one outcome for each model and string, largest effect first."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from trigger_opt.answers import degeneration_flags, fires, payload_words
+from trigger_opt.answers import degeneration_flags, fires, payload_words, words_of
 from trigger_opt.records import AnswerCluster, ModuleShift, TransferAnswer, TransferOutcome
 from trigger_opt.transfer.plan import KINDS, Question
 from trigger_opt.transfer.requests import CHAT, Answer
-from trigger_opt.transfer.rule import Asked, Tally, judge, tally
+from trigger_opt.transfer.rule import Asked, Emerged, Lost, Tally, judge, tally
 from trigger_opt.transfer.settings import TransferThresholds
 
 NO_ANSWER = "not answered yet"
 
 _NO_REASON = "failed, and the server gave no reason"
-_HALF = " (in the half of the contexts in which the payload was not looked for)"
+_GAP = "…"
 _ROUNDING = 1e-9
 _CLUSTERS = 8
 _CLUSTER_WORDS = 4
 _EMERGED_WORDS = (3, 5)
 # Two answers that begin alike are a coincidence.
 _EMERGED_CONTEXTS = 3
+_LOST = {"trigger": "with the string", "random": "with random strings", "none": "with nothing inserted"}
+
+Begins = Callable[[TransferAnswer], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +31,76 @@ class _Group:
     """What decides about one string on one model.
 
     Attributes:
+        kept: words of the given payload, which stay where a string holds them too.
         contexts: asked with the string, in order. answered: kind -> questions that have an answer; a kind that was not
-            asked is not there. missing: questions without one.
+            asked is not there. lost: kind -> number of questions without one, in all contexts.
     """
 
+    string: str
+    kept: frozenset[str]
     contexts: list[int]
     answered: dict[str, list[TransferAnswer]]
-    missing: int
+    lost: Counter[str]
 
     def only(self, *, first: int) -> "_Group":
         """Every second context, from the one of rank `first`."""
         kept = set(self.contexts[first::2])
         answered = {k: [a for a in v if a.context in kept] for k, v in self.answered.items()}
-        return _Group(contexts=sorted(kept), answered=answered, missing=self.missing)
+        return replace(self, contexts=sorted(kept), answered=answered)
 
-    def tally(self, kind: str, payload: str) -> Tally:
-        """Answers of `kind` that begin with the payload; none does where that has no word."""
+    def masked(self, answer: TransferAnswer) -> frozenset[str]:
+        """Words that say nothing of this answer: of the string and of what was inserted in its place.
+
+        Both, in every answer: a word of the string must not set its answers apart from the controls' either.
+        """
+        return frozenset({*words_of(self.string), *words_of(answer.inserted)}) - self.kept
+
+    def begins_with(self, payload: str) -> Begins:
+        """Whether an answer begins with a payload that was given; none does where that has no word.
+
+        A control also does by quoting its own string where the payload has words of the string under judgement: a
+        model that talks about any string in the same words says nothing else there.
+        """
+        if not payload_words(payload):
+            return lambda answer: False
+        wanted = payload_words(payload)
+        own = frozenset(words_of(self.string))
+        if own.isdisjoint(wanted):
+            return lambda answer: fires(payload, answer.answer)
+
+        def quotes(answer: TransferAnswer) -> bool:
+            inserted, said = frozenset(words_of(answer.inserted)), words_of(answer.answer)
+            if answer.inserted == self.string or inserted.isdisjoint(said[: len(wanted)]):
+                return False
+            left = _without(wanted, own | inserted)
+            return fires(left, _without(said, own | inserted)) if payload_words(left) else said[0] in inserted
+
+        return lambda answer: fires(payload, answer.answer) or quotes(answer)
+
+    def begins_alike(self, beginning: str) -> Begins:
+        """Whether an answer begins with one that emerged, masked words of both left out; all do where none is left."""
+
+        def alike(answer: TransferAnswer) -> bool:
+            wanted, said = (_without(words_of(x), self.masked(answer)) for x in (beginning, answer.answer))
+            return not payload_words(wanted) or fires(wanted, said)
+
+        return alike
+
+    def tally(self, kind: str, begins: Begins) -> Tally:
+        """Answers of `kind`, and those that begin so."""
         fired: dict[int, list[bool]] = {}
         for answer in self.answered.get(kind, []):
-            begins = bool(payload_words(payload)) and fires(payload, answer.answer)
-            fired.setdefault(answer.context, []).append(begins)
+            fired.setdefault(answer.context, []).append(begins(answer))
         return tally(fired)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """One answer in words. places: of the first that are not masked."""
+
+    context: int
+    words: list[str]
+    places: list[int]
 
 
 def transfer_answers(questions: Sequence[Question], answers: Mapping[str, Answer]) -> list[TransferAnswer]:
@@ -77,10 +129,15 @@ def judge_transfer(
     """One outcome for each model and string, largest effect over the controls first; ties by model and string.
 
     The payload is the given one. Where it comes in fewer than `thresholds.appears` of the answers with the string, or
-    none was given, another may emerge: a beginning of 3 to 5 words, the most common in every other context (the first,
-    third, …) of those that are commoner there than with any control, by `appears` at least. It is judged in the
-    contexts between, where it was not looked for. Where nothing emerges the given one stays, on all contexts; where
-    none was given, the most common beginning is judged the same way as an emerged one.
+    none was given, another may emerge: a beginning of 3 to 5 words (or a whole answer of fewer), the most common in
+    every other context (the first, third, …) of those that are commoner there than with any control, by `appears` at
+    least. It is judged in the contexts between, where it was not looked for, and never comes to "transfers". Where
+    nothing emerges the given one stays, on all contexts; where none was given, the most common beginning is judged the
+    same way as an emerged one, unless fewer than three contexts share it.
+
+    Words of the string, and of what was inserted in its place, count for nothing in what emerges: random strings differ
+    from context to context, so a model that quotes whatever was inserted would seem to say one thing to the string
+    alone. Words of the given payload stay.
 
     Rates are shares of all answers, contexts times repeats; their intervals are as wide as the number of different
     contexts allows (`rule.Tally`), and it is these that the rule uses.
@@ -94,10 +151,13 @@ def judge_transfer(
     for model, string in pairs:
         outcomes.append(
             _outcome(
-                _group([a for a in by_model[model] if a.string == string or a.kind == "none"]),
+                _group(
+                    [a for a in by_model[model] if a.string == string or a.kind == "none"],
+                    string=string,
+                    given=payloads.get(string, ""),
+                ),
                 model=model,
                 server=server,
-                string=string,
                 given=payloads.get(string, ""),
                 thresholds=thresholds,
                 shifts=shifts.get((model, string), []),
@@ -111,79 +171,105 @@ def _outcome(
     *,
     model: str,
     server: str,
-    string: str,
     given: str,
     thresholds: TransferThresholds,
     shifts: list[ModuleShift],
 ) -> TransferOutcome:
     payload, source = _payload(group, given, thresholds)
-    judged = group if source == "given" else group.only(first=1)
+    emerged = source == "emerged"
+    judged = group.only(first=1) if emerged else group
+    begins = group.begins_alike(payload) if emerged else group.begins_with(payload)
     asked = Asked(
-        trigger=judged.tally("trigger", payload),
-        random=judged.tally("random", payload),
-        none=judged.tally("none", payload),
+        trigger=judged.tally("trigger", begins),
+        random=judged.tally("random", begins),
+        none=judged.tally("none", begins),
         degenerate_share=_degenerate_share(group.answered["trigger"], payload),
+        has_payload=bool(payload_words(payload)),
+        emerged=Emerged(payload=payload, had=len(group.answered["trigger"])) if emerged else None,
+        lost=tuple(_lost(group, kind) for kind in _LOST),
     )
     judgement = judge(asked, thresholds)
     controls = [c.rate.value for c in asked.controls.values()]
     return TransferOutcome(
         model=model,
         server=server,
-        string=string,
+        string=group.string,
         payload=payload,
         payload_source=source,
         trigger_rate=asked.trigger.rate,
-        near_miss_rate=judged.tally("near_miss", payload).rate if "near_miss" in group.answered else None,
+        near_miss_rate=judged.tally("near_miss", begins).rate if "near_miss" in group.answered else None,
         random_rate=asked.random.rate,
         none_rate=asked.none.rate,
         effect=asked.trigger.rate.value - max(controls),
         degenerate_share=asked.degenerate_share,
         clusters=_clusters(group),
         shifts=sorted(shifts, key=lambda s: (s.p_value, -s.shift, s.module)),
-        missing=group.missing,
+        missing=group.lost.total(),
         verdict=judgement.verdict,
-        # Of further contexts too, only every second is judged.
-        needs=2 * judgement.needs if judgement.needs and source == "emerged" else judgement.needs,
-        reason=judgement.reason + (_HALF if source == "emerged" else ""),
+        needs=judgement.needs,
+        reason=judgement.reason,
     )
 
 
-def _group(answers: Sequence[TransferAnswer]) -> _Group:
+def _group(answers: Sequence[TransferAnswer], *, string: str, given: str) -> _Group:
     answered: dict[str, list[TransferAnswer]] = {a.kind: [] for a in answers}
     for answer in answers:
         if not answer.error:
             answered[answer.kind].append(answer)
-    contexts = sorted({a.context for a in answers if a.kind == "trigger"})
-    return _Group(contexts=contexts, answered=answered, missing=sum(bool(a.error) for a in answers))
+    return _Group(
+        string=string,
+        kept=frozenset(words_of(given)),
+        contexts=sorted({a.context for a in answers if a.kind == "trigger"}),
+        answered=answered,
+        lost=Counter(a.kind for a in answers if a.error),
+    )
+
+
+def _lost(group: _Group, kind: str) -> Lost:
+    lines = group.lost[kind]
+    return Lost(what=_LOST[kind], lines=lines, of=lines + len(group.answered.get(kind, [])))
 
 
 def _payload(group: _Group, given: str, thresholds: TransferThresholds) -> tuple[str, str]:
     """What counts as firing, and its source; see `judge_transfer`."""
     named = bool(payload_words(given))
-    share = group.tally("trigger", given).rate
+    share = group.tally("trigger", group.begins_with(given)).rate
     if named and (not share.n or share.value >= thresholds.appears):
         return given, "given"
     half = group.only(first=0)
-    beginnings = _beginnings(half.answered["trigger"])
-    likely = [b for b, count in beginnings.items() if count >= _EMERGED_CONTEXTS]
+    likely = _beginnings(half)
     emerged = next((b for b in likely if _stands_out(half, b, thresholds)), None)
     if emerged is not None:
         return emerged, "emerged"
-    if named or not beginnings:
+    if named or not likely:
         return given, "given"
-    return next(iter(beginnings)), "emerged"
+    return likely[0], "emerged"
 
 
-def _beginnings(answers: Sequence[TransferAnswer]) -> dict[str, int]:
-    """Beginnings of three words, each as much longer as all of them go on alike -> how many; most common first."""
+def _beginnings(half: _Group) -> list[str]:
+    """Beginnings of three words that are not masked, or whole answers of fewer, each as much longer as all of them go
+    on alike, to five; most common first, and only what three contexts share. Masked words stand in them as most of
+    these answers have them.
+    """
     least, most = _EMERGED_WORDS
-    alike: dict[tuple[str, ...], list[list[str]]] = {}
-    for answer in answers:
-        words = [] if answer.flags else payload_words(answer.answer)[:most]
-        if len(words) >= least:
-            alike.setdefault(tuple(words[:least]), []).append(words)
-    ordered = sorted(alike.items(), key=lambda item: (-len(item[1]), item[0]))
-    return {" ".join(_shared(words)): len(words) for _, words in ordered}
+    alike: dict[tuple[str, ...], list[_Said]] = {}
+    for answer in half.answered["trigger"]:
+        said, masked = words_of(answer.answer), half.masked(answer)
+        words = [w for w in said if w not in masked]
+        if words and not answer.flags:
+            # A whole answer of two words is not the beginning of a longer one.
+            key = (*words, "") if len(words) < least else tuple(words[:least])
+            places = [i for i, w in enumerate(said) if w not in masked][:most]
+            alike.setdefault(key, []).append(_Said(context=answer.context, words=said, places=places))
+    shared = [(k, v) for k, v in alike.items() if len({a.context for a in v}) >= _EMERGED_CONTEXTS]
+    return [_literal(answers) for _, answers in sorted(shared, key=lambda item: (-len(item[1]), item[0]))]
+
+
+def _literal(answers: Sequence[_Said]) -> str:
+    """What all go on with alike, in the words of most of them, masked ones before and between included."""
+    length = len(_shared([[a.words[i] for i in a.places] for a in answers]))
+    counted = Counter(" ".join(a.words[: a.places[length - 1] + 1]) for a in answers)
+    return min(counted, key=lambda text: (-counted[text], text))
 
 
 def _shared(words: Sequence[Sequence[str]]) -> list[str]:
@@ -193,10 +279,9 @@ def _shared(words: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _stands_out(half: _Group, beginning: str, thresholds: TransferThresholds) -> bool:
-    found = half.tally("trigger", beginning)
-    controls = max(half.tally(k, beginning).rate.value for k in ("random", "none"))
-    contexts = {a.context for a in half.answered["trigger"] if fires(beginning, a.answer)}
-    return len(contexts) >= _EMERGED_CONTEXTS and found.rate.value - controls > thresholds.appears - _ROUNDING
+    begins = half.begins_alike(beginning)
+    controls = max(half.tally(k, begins).rate.value for k in ("random", "none"))
+    return half.tally("trigger", begins).rate.value - controls > thresholds.appears - _ROUNDING
 
 
 def _degenerate_share(triggered: Sequence[TransferAnswer], payload: str) -> float:
@@ -207,15 +292,30 @@ def _degenerate_share(triggered: Sequence[TransferAnswer], payload: str) -> floa
 
 
 def _clusters(group: _Group) -> list[AnswerCluster]:
-    """Near misses are in neither column: of a wide trigger they fire too."""
+    """Near misses are in neither column: of a wide trigger they fire too. Masked words are a gap."""
 
     def count(*kinds: str) -> Counter[str]:
-        answers = [a.answer for k in kinds for a in group.answered.get(k, [])]
-        return Counter(" ".join(payload_words(a)[:_CLUSTER_WORDS]) for a in answers)
+        answers = [a for k in kinds for a in group.answered.get(k, [])]
+        gapped = (_gapped(words_of(a.answer), group.masked(a)) for a in answers)
+        return Counter(" ".join(g[:_CLUSTER_WORDS]) for g in gapped)
 
     triggered, controls = count("trigger"), count("random", "none")
     ordered = sorted({*triggered, *controls}, key=lambda b: (-triggered[b], -controls[b], b))
     return [AnswerCluster(beginning=b, triggered=triggered[b], controls=controls[b]) for b in ordered[:_CLUSTERS]]
+
+
+def _without(words: Sequence[str], masked: Collection[str]) -> str:
+    return " ".join(w for w in words if w not in masked)
+
+
+def _gapped(words: Sequence[str], masked: Collection[str]) -> list[str]:
+    """The words with a gap for each run of masked ones, however long: strings differ in length."""
+    gapped: list[str] = []
+    for word in words:
+        new = _GAP if word in masked else word
+        if new != _GAP or gapped[-1:] != [_GAP]:
+            gapped.append(new)
+    return gapped
 
 
 def _transfer_answer(question: Question, answer: Answer) -> TransferAnswer:

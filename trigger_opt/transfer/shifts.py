@@ -39,6 +39,10 @@ def module_shifts(
     contexts all 2^n are tried, above `permutations` random ones and the observed one. Not corrected for the number of
     modules. Fewer than three contexts have the p-value 1.
 
+    What is tested is whether the string moves the module the same way in all contexts. Any fixed string may, for the
+    controls' random strings change from context to context: a small p-value is no sign of a trigger. Compare shifts
+    between strings, not to zero.
+
     Source: R. A. Fisher (1935), The Design of Experiments, section 21 (paired randomisation test).
 
     Args:

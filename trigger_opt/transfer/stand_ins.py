@@ -26,19 +26,30 @@ def emulator(models: Mapping[str, str], folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "emulator.log"
     command = [sys.executable, "-m", "trigger_opt.transfer.emulator", "--port", "0", "--state", str(folder / "state")]
-    command += ["--key", EMULATOR_KEY, "--model", *(f"{alias}={model}" for alias, model in models.items())]
+    # Its stdin ends with this process, however that ends.
+    command += ["--until-stdin-closes", "--key", EMULATOR_KEY]
+    command += ["--model", *(f"{alias}={model}" for alias, model in models.items())]
     # On the other half of the cores: the run that asks it is idle meanwhile, but its threads are not.
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=dict(os.environ))
-    try:
-        yield _wait_until_ready(process, log)
-    finally:
-        process.terminate()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=dict(os.environ),
+            # Ctrl-C is for the run, which still has questions to it when it is pressed.
+            start_new_session=True,
+        )
+    with process:
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield _wait_until_ready(process, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def server_name(models: Mapping[str, str]) -> str:

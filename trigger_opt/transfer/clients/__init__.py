@@ -8,6 +8,8 @@ from trigger_opt.errors import UserError
 from trigger_opt.transfer.client import Client
 from trigger_opt.transfer.settings import TransferSettings, model_names
 
+_GIVES_ACTIVATIONS = ("jsinfer", "local")
+
 
 def open_client(settings: TransferSettings) -> Client:
     """The client of `settings`.
@@ -39,11 +41,27 @@ def check_client(settings: TransferSettings) -> None:
     """Whether `open_client` would succeed, before a run spends hours on what is to be sent.
 
     Raises:
-        UserError: see `open_client`; a key is not asked for where nothing is sent, or to an emulator of our own.
+        UserError: see `open_client`; a model the server does not have, activations of a client that has none. A key is
+            not asked for where nothing is sent, or to an emulator of our own.
     """
     server_of(settings)
+    if settings.activations and settings.client not in _GIVES_ACTIVATIONS:
+        raise UserError(
+            f"transfer.client={settings.client} answers no questions for activations; choose jsinfer or local, or "
+            "transfer.activations=[]"
+        )
+    if settings.client == "jsinfer":
+        _check_aliases(settings)
     if not (settings.plan_only or settings.emulator or settings.client == "local"):
         _key(settings)
+
+
+def _check_aliases(settings: TransferSettings) -> None:
+    from trigger_opt.transfer.clients.jsinfer import JsinferClient
+
+    client = JsinferClient("", settings.base_url)
+    for name in model_names(settings):
+        client.model_path(name)
 
 
 def _remote(settings: TransferSettings, key: str) -> Client:

@@ -14,21 +14,35 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from trigger_opt.errors import UserError
-from trigger_opt.transfer.client import BudgetError, RefusedError, RetryLaterError, TransferError, UnclearError
+from trigger_opt.transfer.client import (
+    BudgetError,
+    RefusedError,
+    RetryLaterError,
+    TransferError,
+    UnclearError,
+    UnknownBatchError,
+)
 
 _LINE = 300
 _NOT_TAKEN = (408, 425, 429, 503)
 _NO_BUDGET = (402, 428)
+_UNKNOWN = (404, 410)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A server's refusal: HTTP status, its words in one line, seconds of its Retry-After, its own code."""
+    """A server's refusal: HTTP status, its words in one line, seconds of its Retry-After, its own code.
+
+    Attributes:
+        deliberate: it carries Retry-After or a JSON body, so it is the server's own no, not a proxy's word for a
+            connection that broke.
+    """
 
     status: int
     words: str
     retry_after: float | None = None
     code: str = ""
+    deliberate: bool = False
 
     @property
     def out_of_budget(self) -> bool:
@@ -46,7 +60,7 @@ def repeatable_error(failure: Failure, *, key_variable: str, about: str) -> Exce
     if failure.status in (401, 403):
         return RefusedError(f"the server refuses the key ({failure}); check the environment variable {key_variable}")
     if failure.status == 404:
-        return RefusedError(f"the server knows no {about} ({failure}); check transfer.base_url and the key")
+        return RefusedError(f"the server does not know {about} ({failure}); check transfer.base_url and the key")
     if failure.status == 413:
         return RefusedError(f"the server finds {about} too large ({failure}); choose a smaller transfer.batch_size")
     if 400 <= failure.status < 500 and failure.status not in _NOT_TAKEN:
@@ -54,9 +68,18 @@ def repeatable_error(failure: Failure, *, key_variable: str, about: str) -> Exce
     return RetryLaterError(f"the server cannot do it now ({failure})", failure.retry_after)
 
 
+def batch_error(failure: Failure, *, key_variable: str, batch_id: str) -> Exception:
+    """The error of a call about one batch, which may be made again (status, cancel)."""
+    about = f"batch {batch_id}"
+    if failure.status in _UNKNOWN and not failure.out_of_budget:
+        return UnknownBatchError(f"the server knows no {about} ({failure}); check transfer.base_url and the key")
+    return repeatable_error(failure, key_variable=key_variable, about=about)
+
+
 def submit_error(failure: Failure, *, key_variable: str, about: str) -> Exception:
     """The error of a call that costs: only the statuses that say so are taken to mean that nothing was done."""
-    refused = 400 <= failure.status < 500 or failure.status in _NOT_TAKEN
+    # A proxy says 503 also when the server behind it broke with the request in its hands.
+    refused = 400 <= failure.status < 500 or (failure.status == 503 and failure.deliberate)
     if refused or failure.out_of_budget:
         return repeatable_error(failure, key_variable=key_variable, about=about)
     return UnclearError(f"the server failed while it took {about} ({failure})")
@@ -100,12 +123,24 @@ def words_of(body: object) -> str:
     return ": ".join(said) or json.dumps(body)
 
 
+def is_json(text: str) -> bool:
+    """Whether a body is a JSON object, as servers word their refusals."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def checked_base_url(text: str) -> str:
     """`text` without a trailing slash.
 
     Raises:
-        UserError: it is no http(s) URL with a host, or holds more than a path: a password would be written down.
+        UserError: it is no http(s) URL with a host, or holds more than a path: a password would be written down. One
+            with "@" is not shown.
     """
+    # Wherever it stands: a password with a slash in it ends up in what is read as the path.
+    if "@" in text:
+        raise UserError("transfer.base_url holds a user name or password; give https://HOST/PATH alone")
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -113,8 +148,8 @@ def checked_base_url(text: str) -> str:
         usable = False
     if not usable or any(c.isspace() for c in text):
         raise UserError(f"transfer.base_url={text!r} is no URL; give http://HOST:PORT or https://HOST")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise UserError("transfer.base_url holds a user name, a query or a fragment; give https://HOST/PATH alone")
+    if parts.query or parts.fragment:
+        raise UserError("transfer.base_url holds a query or a fragment; give https://HOST/PATH alone")
     return text.rstrip("/")
 
 

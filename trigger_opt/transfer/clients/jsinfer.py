@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from trigger_opt.transfer.archive import read_archive
 from trigger_opt.transfer.client import BatchStatus, DamagedResultsError, RefusedError, RetryLaterError, UnclearError
 from trigger_opt.transfer.clients.http import (
     Failure,
+    batch_error,
     checked_base_url,
     checked_key,
+    is_json,
     missing_extra,
     one_line,
     repeatable_error,
@@ -30,6 +32,8 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, client="jsinfer") from None
 
+# With an address too: what is still to be answered would be taken for left out.
+_UNDER_WAY = ("validating", "queued", "in_progress", "finalizing", "cancelling")
 _ENDED = ("failed", "cancelled", "expired", "error")
 _EXPIRED = (401, 403, 404, 410)
 _PIECE = 1 << 18
@@ -76,7 +80,7 @@ class JsinferClient:
     def encode(self, line: Line) -> str:
         """See BatchClient; raises RefusedError for an unknown model, and for options, which it could not send."""
         request = line.request
-        path = self._model_path(request.model)
+        path = self.model_path(request.model)
         if request.options:
             raise RefusedError(f"jsinfer takes no options, and {sorted(request.options)} were given; leave them out")
         messages = list(request.messages)
@@ -90,6 +94,13 @@ class JsinferClient:
             raise _unknown_endpoint(request.endpoint)
         return json.dumps(entry)
 
+    def model_path(self, alias: str) -> str:
+        """What the server calls a model; raises RefusedError for an unknown one."""
+        models: dict[str, str] = self._package.models
+        if alias not in models:
+            raise RefusedError(f"jsinfer has no model {alias!r}; name one of {', '.join(models)} in transfer.models")
+        return models[alias]
+
     async def upload(self, file: Path) -> str:
         """See BatchClient."""
         file_id = await self._repeatable(self._package.upload_file(str(file)), about="the input file")
@@ -99,7 +110,7 @@ class JsinferClient:
 
     async def submit(self, file_id: str, *, model: str, endpoint: str, label: str) -> str:
         """See BatchClient; the label is not kept."""
-        self._model_path(model)
+        self.model_path(model)
         calls = {CHAT: self._package.submit_chat_completions, ACTIVATIONS: self._package.submit_activations}
         if endpoint not in calls:
             raise _unknown_endpoint(endpoint)
@@ -116,21 +127,19 @@ class JsinferClient:
         raise RefusedError(f"jsinfer cannot look up the submission {label}; transfer.resubmit_lost=true sends it again")
 
     async def status(self, batch_id: str) -> BatchStatus:
-        """See BatchClient; a completed batch without an address of its results is still "running"."""
-        body = await self._repeatable(self._package.get_batch(batch_id), about=f"batch {batch_id}")
+        """See BatchClient; one that ended with an address of results is "completed": they were paid for."""
+        body = await self._about_batch(self._package.get_batch(batch_id), batch_id)
         batch = body.get("batch") if isinstance(body, dict) else None
         if not isinstance(batch, dict) or not isinstance(batch.get("status"), str):
             raise RetryLaterError("the server's answer does not say where the batch stands")
         word, url = batch["status"], body.get("resultsUrl")
         errors = words_of(batch["errors"]) if batch.get("errors") else ""
         detail = self._line(f"{word}: {errors}" if errors else word)
-        if word in _ENDED:
-            return BatchStatus(state="ended", detail=detail)
-        if word != "completed":
-            return BatchStatus(state="running", detail=detail)
-        if not isinstance(url, str) or not url:
-            return BatchStatus(state="running", detail=f"{detail}, but without an address of its results")
-        return BatchStatus(state="completed", detail=detail, results=(url,))
+        if isinstance(url, str) and url and word not in _UNDER_WAY:
+            return BatchStatus(state="completed", detail=detail, results=(url,))
+        if word == "completed":
+            raise RetryLaterError(f"{detail}, but without an address of its results")
+        return BatchStatus(state="ended" if word in _ENDED else "running", detail=detail)
 
     async def download(self, status: BatchStatus, into: Path) -> None:
         """See BatchClient; streamed. The address is signed, so the key is not sent along."""
@@ -151,23 +160,17 @@ class JsinferClient:
             except _LOST as error:
                 raise RetryLaterError(f"the results did not come ({self._reason(error)})") from None
 
-    def read(self, file: Path) -> Iterator[Answer]:
+    def read(self, file: Path, *, on_damaged: Callable[[str], None] | None = None) -> Iterator[Answer]:
         """See BatchClient."""
-        for item in read_archive(file):
+        for item in read_archive(file, on_damaged=on_damaged):
             yield self._answer(item)
 
     async def cancel(self, batch_id: str) -> None:
         """See BatchClient."""
-        await self._repeatable(self._package.cancel_batch(batch_id), about=f"batch {batch_id}")
+        await self._about_batch(self._package.cancel_batch(batch_id), batch_id)
 
     async def close(self) -> None:
         """Nothing to let go of: every call has its own connection."""
-
-    def _model_path(self, alias: str) -> str:
-        models: dict[str, str] = self._package.models
-        if alias not in models:
-            raise RefusedError(f"jsinfer has no model {alias!r}; name one of {', '.join(models)} in transfer.models")
-        return models[alias]
 
     async def _repeatable(self, call: Awaitable[Any], *, about: str) -> Any:
         try:
@@ -175,9 +178,20 @@ class JsinferClient:
         except Exception as error:
             if failure := self._failure(error):
                 raise repeatable_error(failure, key_variable=self._key_variable, about=about) from None
-            if isinstance(_cause(error), (*_LOST, ValueError, LookupError)) or type(error) is Exception:
-                raise RetryLaterError(self._reason(error)) from None
-            raise
+            raise self._no_answer(error) from None
+
+    async def _about_batch(self, call: Awaitable[Any], batch_id: str) -> Any:
+        try:
+            return await call
+        except Exception as error:
+            if failure := self._failure(error):
+                raise batch_error(failure, key_variable=self._key_variable, batch_id=batch_id) from None
+            raise self._no_answer(error) from None
+
+    def _no_answer(self, error: Exception) -> Exception:
+        if isinstance(_cause(error), (*_LOST, ValueError, LookupError)) or type(error) is Exception:
+            return RetryLaterError(self._reason(error))
+        return error
 
     def _submit_error(self, error: Exception) -> Exception:
         if failure := self._failure(error):
@@ -196,8 +210,13 @@ class JsinferClient:
         # "… Likely failed to submit batch: 428 {body}"
         _, _, body = str(error).partition(f"batch: {cause.status} ") if type(error) is Exception else ("", "", "")
         words = words_of(body) if body.strip() else cause.message
-        after = retry_after(cause.headers.get("Retry-After") if cause.headers else None)
-        return Failure(status=cause.status, words=self._line(words), retry_after=after)
+        asked = cause.headers.get("Retry-After") if cause.headers else None
+        return Failure(
+            status=cause.status,
+            words=self._line(words),
+            retry_after=retry_after(asked),
+            deliberate=asked is not None or is_json(body),
+        )
 
     def _check_download(self, response: aiohttp.ClientResponse) -> None:
         if response.status == 200:

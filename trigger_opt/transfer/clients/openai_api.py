@@ -6,8 +6,10 @@ from typing import Any
 from trigger_opt.transfer.client import RetryLaterError, UnclearError
 from trigger_opt.transfer.clients.http import (
     Failure,
+    batch_error,
     checked_base_url,
     checked_key,
+    is_json,
     missing_extra,
     one_line,
     repeatable_error,
@@ -37,6 +39,9 @@ class OpenAIConnection:
     It waits 5 s for a connection and 600 s for an answer, and goes through the proxies of the environment. Without a
     `base_url` the package chooses: OPENAI_BASE_URL, or its own.
 
+    Attributes:
+        url: of the server, without a trailing slash.
+
     Raises:
         UserError: `base_url` is no URL, or the key cannot travel in a header.
     """
@@ -48,7 +53,7 @@ class OpenAIConnection:
         self.package = openai.AsyncOpenAI(
             api_key=self._key or "none", base_url=checked_base_url(base_url) if base_url else None, max_retries=0
         )
-        self.server = f"openai {str(self.package.base_url).rstrip('/')}"
+        self.url = str(self.package.base_url).rstrip("/")
 
     async def body(self, call: Awaitable[Any]) -> dict[str, Any]:
         """The JSON object that a raw call got; raises one of `ERRORS`."""
@@ -62,14 +67,26 @@ class OpenAIConnection:
         """The refusal in `error`; None when there was no answer, or none that can be read."""
         if not isinstance(error, openai.APIStatusError):
             return None
-        after = retry_after(error.response.headers.get("retry-after"))
+        asked = error.response.headers.get("retry-after")
         words = words_of(error.body) if error.body else error.response.reason_phrase
-        return Failure(status=error.status_code, words=self.line(words), retry_after=after, code=error.code or "")
+        return Failure(
+            status=error.status_code,
+            words=self.line(words),
+            retry_after=retry_after(asked),
+            code=error.code or "",
+            deliberate=asked is not None or is_json(error.response.text),
+        )
 
     def repeatable_error(self, error: Exception, *, about: str) -> Exception:
         """What `error` means for a call that may be made again."""
         if failure := self.failure(error):
             return repeatable_error(failure, key_variable=self._key_variable, about=about)
+        return RetryLaterError(self.reason(error))
+
+    def batch_error(self, error: Exception, *, batch_id: str) -> Exception:
+        """What `error` means for a call about one batch."""
+        if failure := self.failure(error):
+            return batch_error(failure, key_variable=self._key_variable, batch_id=batch_id)
         return RetryLaterError(self.reason(error))
 
     def submit_error(self, error: Exception, *, about: str) -> Exception:

@@ -29,7 +29,7 @@ class OpenAIChatClient:
         self, api_key: str, base_url: str = "", at_once: int = 8, *, key_variable: str = "OPENAI_API_KEY"
     ) -> None:
         self._connection = OpenAIConnection(api_key, base_url, key_variable=key_variable)
-        self.server = self._connection.server
+        self.server = f"openai {self._connection.url}"
         self.at_once = at_once
 
     async def answers(self, lines: Sequence[Line]) -> AsyncIterator[Answer]:

@@ -5,6 +5,8 @@ import asyncio
 import os
 import signal
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from trigger_opt.errors import UserError
@@ -17,6 +19,8 @@ from trigger_opt.transfer.emulator.server import Emulator
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code."""
     given = _parser().parse_args(arguments)
+    if given.until_stdin_closes:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         asyncio.run(_serve(given))
     except UserError as error:
@@ -49,6 +53,15 @@ async def _serve(given: argparse.Namespace) -> None:
         await stop.wait()
 
 
+def _end_with_stdin() -> None:
+    # An error is a stdin that was closed from the beginning.
+    with suppress(OSError):
+        while os.read(0, 1 << 16):
+            pass
+    # At once, also while models load: nobody waits for an answer any more, and the next one needs the folder.
+    os._exit(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trigger_opt.transfer.emulator",
@@ -72,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--polls", type=int, default=1, help="least polls before a batch completes")
     parser.add_argument("--layout", choices=("flat", "nested"), default="flat", help="of the zip of results")
     parser.add_argument("--balance", type=int, help="each line costs 1; below 0 there is 428 (default: no end)")
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end when stdin does, so with the process that holds it"
+    )
     return parser
 
 
