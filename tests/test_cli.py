@@ -19,6 +19,7 @@ from trigger_opt import run_folder as run_folder_module
 from trigger_opt.models import plan
 from trigger_opt.records import RunInfo
 from trigger_opt.run_folder import hold_run_folder
+from trigger_opt.zoo.recipes import RECIPES
 
 
 @pytest.fixture(scope="session")
@@ -342,7 +343,7 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
 
         out, err = untrained.communicate(timeout=120)
         assert (untrained.returncode, out) == (2, "")
-        assert err == "error: no organism is called 'nope'; there are: warmup_mini, warmup_mini_twin\n"
+        assert err == f"error: no organism is called 'nope'; there are: {', '.join(RECIPES)}\n"
 
         history = tmp_path / "stopped" / "history.jsonl"
         while not history.is_file() or history.read_text().count("\n") < 12:

@@ -15,6 +15,7 @@ import trigger_opt
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
 from trigger_opt import api, judging, session, stages
+from trigger_opt.config import LOCAL_STAGES
 from trigger_opt.objectives import Payload
 from trigger_opt.records import (
     VERDICTS,
@@ -34,7 +35,7 @@ from trigger_opt.run_folder import STAGE_FILES
 from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
-WRITTEN = [name for files in STAGE_FILES.values() for name in files]
+WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage]]
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +97,7 @@ def test_whole_run(cli: CommandLine, tiny: TinyPair, tmp_path: Path, kind: str, 
     assert read_records(run / "candidates.jsonl", Candidate)
     assert len(read_records(run / "history.jsonl", SearchStep)) == 4
     info = read_record(run / "run.json", RunInfo)
-    assert [s.stage for s in info.stages] == list(stages.STAGES)
+    assert [s.stage for s in info.stages] == list(LOCAL_STAGES)
     assert info.plan
     assert "model=pair" in info.command
     assert not (run / "wandb").exists()
@@ -156,10 +157,12 @@ def test_settings_of_the_real_warmup_load_a_pair(cli: CommandLine, tiny: TinyPai
         f"model.finetuned={tiny.finetuned}",
         f"model.base={tiny.base}",
         "model.num_parameters=null",
+        "hypotheses.num_tokens=64",
         "hypotheses.num_words=8",
         "hypotheses.amplify=[]",
         "search.num_steps=1",
         "search.num_restarts=1",
+        "search.contexts_per_step=1",
         "stages=[diff,hypotheses,search]",
         "tracking.mode=off",
         f"run_dir={tmp_path}/run",
@@ -188,7 +191,7 @@ def test_later_stages_again(cli: CommandLine, tiny: TinyPair, finished: Path) ->
     assert after["candidates.jsonl"] == before["candidates.jsonl"]
     assert json.loads(after["verdict.json"])["seed"] == 9
     ran = [s.stage for s in read_record(finished / "run.json", RunInfo).stages]
-    assert ran == [*stages.STAGES, "verify", "report"]
+    assert ran == [*LOCAL_STAGES, "verify", "report"]
 
 
 def test_later_stages_keep_to_their_models_and_contexts(cli: CommandLine, tiny: TinyPair, finished: Path) -> None:
@@ -279,7 +282,7 @@ def test_interrupted_stage(
     assert [f for f in STAGE_FILES[stage] if (run / f).is_file() and f not in kept] == []
     assert read_metrics(run / "metrics.jsonl")[-1]["exit_code"] == 130
     ran = [s.stage for s in read_record(run / "run.json", RunInfo).stages]
-    assert ran == list(stages.STAGES)[: list(stages.STAGES).index(stage) + 1]
+    assert ran == list(LOCAL_STAGES)[: list(LOCAL_STAGES).index(stage) + 1]
     assert read_record(run / "run.json", RunInfo).stages[-1].summary == "interrupted"
 
 
@@ -387,7 +390,7 @@ def test_offline_wandb_holds_the_run(cli: CommandLine, tiny: TinyPair, tmp_path:
     numbers = [row["_step"] for row in kept.history]
     assert numbers == sorted(set(numbers))
     assert [r["search/score"] for r in scored] == [s.score for s in read_records(run / "history.jsonl", SearchStep)]
-    assert {f"{stage}/seconds" for stage in stages.STAGES} <= {key for row in kept.history for key in row}
+    assert {f"{stage}/seconds" for stage in LOCAL_STAGES} <= {key for row in kept.history for key in row}
     table = read_table(session, "candidates")
     assert table["columns"][:2] == ["trigger", "payload"]
     best = read_records(run / "candidates.jsonl", Candidate)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_pair import CommandLine, Outcome
+from tests.tiny_pair import CommandLine, Outcome, shared_tiny_pair, tiny_settings
 from trigger_opt.records import (
     Completion,
     TransferAnswer,
@@ -116,6 +116,29 @@ def test_verified_strings_are_sent_by_their_verdict(cli: CommandLine, tmp_path: 
     assert nothing.code == 0
     assert "asked for strings with verdict not reproduced" in nothing.out
     assert read_records(folder / "transfer.jsonl", TransferOutcome) == []
+
+
+def test_the_whole_street(cli: CommandLine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Search to transfer to report, on a tiny pair that finds nothing real: every verdict is sent on."""
+    folder = tmp_path / "run"
+    done = cli(
+        *tiny_settings(shared_tiny_pair(tmp_path_factory.getbasetemp()), run_dir=folder),
+        *SMALL[1:],
+        "stages=[diff,hypotheses,search,verify,transfer,report]",
+        "transfer.verdicts=[backdoor,generic shift,unstable,not reproduced]",
+        "transfer.contexts=2",
+        "payload='hello there'",
+    )
+    assert done.code == 0, done.err
+    outcomes = read_records(folder / "transfer.jsonl", TransferOutcome)
+    assert outcomes
+    # Two contexts decide nothing.
+    assert {o.verdict for o in outcomes} == {"undecided"}
+    assert "dormant-model-1: undecided" in done.out
+    page = (folder / "report.html").read_text()
+    assert "Other models" in page
+    assert "undecided for dormant-model-1" in page
+    assert "dormant-model-1" in (folder / "report.md").read_text()
 
 
 def test_a_plan_needs_no_key_and_sends_nothing(cli: CommandLine, tmp_path: Path) -> None:
