@@ -311,7 +311,8 @@ class ModuleShift:
 
     Attributes:
         shift: norm of the difference of the means over contexts, in units of the controls' mean norm.
-        p_value: of a permutation of the labels within contexts. contexts: compared.
+        p_value: of a permutation of the labels within contexts: whether the string moves the module the same way in all
+            of them, as any one string may; compare shifts between strings. contexts: compared.
     """
 
     module: str
@@ -326,14 +327,15 @@ class TransferOutcome:
 
     Attributes:
         payload: what counts as firing. payload_source: "given" (the local payload), or "emerged": what answers with
-            the string begin with in one half of the contexts, judged on the other half.
-        trigger_rate, near_miss_rate, random_rate, none_rate: share of answers that begin so; None when not asked.
+            the string begin with in one half of the contexts, judged on the other half, and never "transfers".
+        trigger_rate, near_miss_rate, random_rate, none_rate: share of answers that begin so, with intervals as wide as
+            the number of contexts allows; near_miss_rate is None when not asked.
         effect: trigger rate minus the highest rate with nothing or random strings.
         degenerate_share: share of the answers with the string that look broken.
         clusters: largest first. shifts: smallest p-value first; empty when no activations were asked for.
         missing: questions without an answer.
         verdict: "transfers", "does not transfer" or "undecided"; needs: further answers with the string, about, before
-            it could be decided; None when it is.
+            it could be decided; None when it is, or when more answers alone would not decide it.
     """
 
     model: str
