@@ -77,6 +77,7 @@ def test_every_step_scores_what_it_is_given() -> None:
         require_all_scored("peer", replace(RUN, candidates=[8, 0]), 8)
 
 
+@pytest.mark.slow
 def test_our_steps_begin_anew_each_time(tokenizer: Any) -> None:
     ours = Ours()
     ours.load(str(zoo.folder("zoo:smollm2-135m-instruct")), "bfloat16", "default")

@@ -47,6 +47,7 @@ def test_two_processes_find_what_one_finds(models: list[str], tmp_path: Path) ->
     assert two.stdout.count(str(shared)) == one.stdout.count(str(alone))
 
 
+@pytest.mark.slow
 def test_a_users_mistake_ends_all_processes(tmp_path: Path) -> None:
     made = run(
         [*torchrun(2), "model=pair", "model.finetuned=nowhere", "model.base=nowhere", f"run_dir={tmp_path}/r"], tmp_path
