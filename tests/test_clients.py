@@ -351,6 +351,9 @@ def test_retry_after_may_be_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     assert 3590 < (retry_after(soon) or 0) <= 3600
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    # By the server's own clock, however far ours is from it.
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2015 07:27:30 GMT") == 30.0
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT", "no date") is None
     assert retry_after("inf") is None
     assert retry_after("nan") is None
 

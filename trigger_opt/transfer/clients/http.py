@@ -85,23 +85,28 @@ def submit_error(failure: Failure, *, key_variable: str, about: str) -> Exceptio
     return UnclearError(f"the server failed while it took {about} ({failure})")
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (seconds or a date, never negative); None when it says nothing."""
+def retry_after(value: str | None, date: str | None = None) -> float | None:
+    """Seconds that a Retry-After header asks for (seconds or a date, never negative); None when it says nothing.
+
+    Args:
+        date: the answer's own Date header. A moment of the server's clock is measured against that clock: ours may be
+            days away.
+    """
     if value is None:
         return None
     try:
         seconds = float(value)
     except ValueError:
-        seconds = _seconds_until(value)
+        seconds = _moment(value) - (_moment(date) if date else datetime.now(UTC).timestamp())
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _seconds_until(date: str) -> float:
+def _moment(date: str) -> float:
     try:
         then = parsedate_to_datetime(date)
     except (ValueError, TypeError):
         return math.nan
-    return (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return then.replace(tzinfo=then.tzinfo or UTC).timestamp()
 
 
 def one_line(text: str, *, secret: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +210,12 @@ class JsinferClient:
         # "… Likely failed to submit batch: 428 {body}"
         _, _, body = str(error).partition(f"batch: {cause.status} ") if type(error) is Exception else ("", "", "")
         words = words_of(body) if body.strip() else cause.message
-        asked = cause.headers.get("Retry-After") if cause.headers else None
+        headers: Mapping[str, str] = cause.headers or {}
+        asked = headers.get("Retry-After")
         return Failure(
             status=cause.status,
             words=self._line(words),
-            retry_after=retry_after(asked),
+            retry_after=retry_after(asked, headers.get("Date")),
             deliberate=asked is not None or is_json(body),
         )
 
@@ -223,7 +224,7 @@ class JsinferClient:
             return
         if response.status in _EXPIRED:
             raise RetryLaterError(f"results address expired ({response.status})")
-        after = retry_after(response.headers.get("Retry-After"))
+        after = retry_after(response.headers.get("Retry-After"), response.headers.get("Date"))
         failure = Failure(status=response.status, words=self._line(response.reason or ""), retry_after=after)
         raise repeatable_error(failure, key_variable=self._key_variable, about="the results")
 

@@ -72,7 +72,7 @@ class OpenAIConnection:
         return Failure(
             status=error.status_code,
             words=self.line(words),
-            retry_after=retry_after(asked),
+            retry_after=retry_after(asked, error.response.headers.get("date")),
             code=error.code or "",
             deliberate=asked is not None or is_json(error.response.text),
         )
