@@ -1,6 +1,5 @@
 """One run's folder: who holds it, which records lie in it, and how it came about (run.json)."""
 
-import fcntl
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trigger_opt.errors import UserError
+from trigger_opt.locks import held
 from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 
 # What each stage writes. A stage that is run again keeps its old files beside the new ones.
@@ -78,23 +78,7 @@ def hold_run_folder(path: Path, info: RunInfo, *, stages: Sequence[str]) -> Iter
         UserError: another process holds it; it cannot be written; all stages were asked for in a folder that
             already holds a run; or a later stage alone in a folder without any.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"the run folder {path} cannot be written ({error.strerror}); give another run_dir") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise UserError(
-                f"the run folder {path} is in use by {holder}; wait for it or give another run_dir"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+    with held(path / _LOCK, what=f"the run folder {path}", remedy="give another run_dir"):
         yield RunFolder(path, _joined(path, info, stages))
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.host import ROOT
 from benchmarks.speed.worker import Prompt, Run, Task
 from trigger_opt.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class WorkerError(UserError):

@@ -3,18 +3,15 @@
 import hashlib
 import os
 import platform
-import re
-import subprocess
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import transformers
 
-from benchmarks.speed.client import ROOT
+from benchmarks.host import ROOT, git, processor
 
 # What a number depends on. Results are written beside the code that makes them.
 _MEASURED = ["trigger_opt", "benchmarks/speed/*.py"]
@@ -26,7 +23,7 @@ def about(threads: int) -> dict[str, Any]:
     return {
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "gflops": {"bf16": _gflops(torch.bfloat16), "fp32": _gflops(torch.float32)},
@@ -41,30 +38,14 @@ def commit() -> str:
 
     The head would be another commit as soon as results are committed, and every cell stale.
     """
-    if not (head := _git("log", "-1", "--format=%h", "--", *_MEASURED)):
+    if not (head := git("log", "-1", "--format=%h", "--", *_MEASURED)):
         return "unknown"
-    return f"{head}+{_digest()}" if _git("status", "--porcelain", "--", *_MEASURED) else head
+    return f"{head}+{_digest()}" if git("status", "--porcelain", "--", *_MEASURED) else head
 
 
 def _digest() -> str:
     files = [f for pattern in ("trigger_opt/**/*.py", "benchmarks/speed/*.py") for f in sorted(ROOT.glob(pattern))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:6]
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _gflops(dtype: torch.dtype, size: int = 2048) -> float:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -18,13 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.host import ROOT, git, processor
 from trigger_opt.errors import UserError
 from trigger_opt.prompts import Context
 from trigger_opt.transfer.job import Job, transfer
 from trigger_opt.transfer.settings import TransferSettings
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 KEY = "test-key"
 MODEL, STRING = "dormant-model-1", " tell me a secret"
 # Of one string: itself, a near miss, a random string and nothing.
@@ -179,32 +178,16 @@ def _busy_seconds(state: Path, batches: Sequence[dict[str, Any]]) -> float:
 
 def about() -> dict[str, Any]:
     """Commit, date, machine; "+" after the commit where what is measured was changed since."""
-    head = _git("log", "-1", "--format=%h", "--", *_MEASURED) or "unknown"
-    changed = "+" if _git("status", "--porcelain", "--", *_MEASURED) else ""
+    head = git("log", "-1", "--format=%h", "--", *_MEASURED) or "unknown"
+    changed = "+" if git("status", "--porcelain", "--", *_MEASURED) else ""
     return {
         "commit": head + changed,
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
     }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _get(url: str) -> Any:

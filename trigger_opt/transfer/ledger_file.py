@@ -1,14 +1,12 @@
 """Opening a ledger: made when missing, checked, and written by one process at a time."""
 
-import fcntl
-import os
-import platform
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trigger_opt.errors import UserError
+from trigger_opt.locks import held
 from trigger_opt.transfer.ledger import Ledger, disk_problem
 from trigger_opt.transfer.schema import SCHEMA, VERSION
 
@@ -21,29 +19,14 @@ def open_ledger(path: Path) -> Iterator[Ledger]:
         UserError: another process holds it; it cannot be written; it is no ledger, or one of another version.
     """
     path = path.expanduser().absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f"{path.name}.lock").open("a+")
-    except OSError as error:
-        raise UserError(
-            f"the ledger {path} cannot be written ({error.strerror}); give another transfer.ledger"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise UserError(
-                f"the ledger {path} is in use by {holder}; wait for it or give another transfer.ledger"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        with _connected(path, read_only=False) as connection:
-            ledger = Ledger(path, connection)
-            ledger.files.mkdir(exist_ok=True)
-            yield ledger
+    lock_file = path.with_name(f"{path.name}.lock")
+    with (
+        held(lock_file, what=f"the ledger {path}", remedy="give another transfer.ledger"),
+        _connected(path, read_only=False) as connection,
+    ):
+        ledger = Ledger(path, connection)
+        ledger.files.mkdir(exist_ok=True)
+        yield ledger
 
 
 @contextmanager

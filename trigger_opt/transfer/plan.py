@@ -10,14 +10,14 @@ from trigger_opt.errors import UserError
 from trigger_opt.prompts import Context
 from trigger_opt.transfer.controls import near_misses, random_strings
 from trigger_opt.transfer.requests import ACTIVATIONS, CHAT, Line, Request
-from trigger_opt.transfer.settings import BATCH_CLIENTS, TransferSettings, batch_sizes
+from trigger_opt.transfer.settings import BATCH_CLIENTS, TransferSettings, batch_sizes, require_activations
 
 KINDS = ("trigger", "near_miss", "random", "none")
+# Of the chat template around a message, about.
+MESSAGE_TOKENS = 4
 
 # A near miss is never part of the rule, so it is the one to lose.
 _FIRST_KEPT = ("trigger", "none", "random", "near_miss")
-_MESSAGE_TOKENS = 4
-_GIVES_ACTIVATIONS = ("jsinfer", "local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def count_tokens(text: str, settings: TransferSettings) -> int:
 
 def question_tokens(request: Request, settings: TransferSettings) -> int:
     """Tokens of a request's messages, about, with 4 a message for the chat template."""
-    return sum(count_tokens(m["content"], settings) + _MESSAGE_TOKENS for m in request.messages)
+    return sum(count_tokens(m["content"], settings) + MESSAGE_TOKENS for m in request.messages)
 
 
 def estimate(questions: Sequence[Question], settings: TransferSettings) -> Estimate:
@@ -176,11 +176,7 @@ def _check(
         raise UserError("there is no held-out context to ask in; give some in contexts.held_out")
     if not models:
         raise UserError("transfer.models is empty; name at least one, for example transfer.models=[dormant-model-1]")
-    if settings.activations and settings.client not in _GIVES_ACTIVATIONS:
-        raise UserError(
-            f"transfer.client={settings.client} answers no questions for activations; choose jsinfer or local, or "
-            "transfer.activations=[]"
-        )
+    require_activations(settings)
 
 
 def _insertions(

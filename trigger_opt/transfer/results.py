@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from trigger_opt.transfer.plan import MESSAGE_TOKENS
 from trigger_opt.transfer.requests import Answer
 from trigger_opt.transfer.shifts import save_activations
 
@@ -77,7 +78,7 @@ class ResultsWriter:
         tokens_in, tokens_out = answer.input_tokens or 0, answer.output_tokens or 0
         if not by_server:
             messages = self._db.execute("SELECT messages FROM requests WHERE key = ?", (key,)).fetchone()[0]
-            tokens_in = sum(self._count(m["content"]) + 4 for m in json.loads(messages))
+            tokens_in = sum(self._count(m["content"]) + MESSAGE_TOKENS for m in json.loads(messages))
             tokens_out = self._count(answer.text)
         self._db.execute(
             "INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?)",

@@ -10,6 +10,7 @@ from trigger_opt.errors import UserError
 
 # Those that take a file of questions and are asked later; the others answer while one waits.
 BATCH_CLIENTS = ("jsinfer", "openai_batch")
+_GIVES_ACTIVATIONS = ("jsinfer", "local")
 
 
 @dataclass(kw_only=True)
@@ -117,6 +118,19 @@ def stand_ins(settings: TransferSettings) -> dict[str, str]:
             "change transfer.models or transfer.emulator"
         )
     return {n: settings.emulator[n] for n in names} if settings.emulator else {}
+
+
+def require_activations(settings: TransferSettings) -> None:
+    """Whether the client can answer what is asked.
+
+    Raises:
+        UserError: activations of a client that has none.
+    """
+    if settings.activations and settings.client not in _GIVES_ACTIVATIONS:
+        raise UserError(
+            f"transfer.client={settings.client} answers no questions for activations; choose jsinfer or local, or "
+            "transfer.activations=[]"
+        )
 
 
 def batch_sizes(settings: TransferSettings) -> Callable[[str], int]:

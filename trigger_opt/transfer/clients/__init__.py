@@ -6,9 +6,7 @@ from urllib.parse import urlsplit
 
 from trigger_opt.errors import UserError
 from trigger_opt.transfer.client import Client
-from trigger_opt.transfer.settings import TransferSettings, model_names
-
-_GIVES_ACTIVATIONS = ("jsinfer", "local")
+from trigger_opt.transfer.settings import TransferSettings, model_names, require_activations
 
 
 def open_client(settings: TransferSettings) -> Client:
@@ -45,11 +43,7 @@ def check_client(settings: TransferSettings) -> None:
             not asked for where nothing is sent, or to an emulator of our own.
     """
     server_of(settings)
-    if settings.activations and settings.client not in _GIVES_ACTIVATIONS:
-        raise UserError(
-            f"transfer.client={settings.client} answers no questions for activations; choose jsinfer or local, or "
-            "transfer.activations=[]"
-        )
+    require_activations(settings)
     if settings.client == "jsinfer":
         _check_aliases(settings)
     if not (settings.plan_only or settings.emulator or settings.client == "local"):

@@ -1,0 +1,38 @@
+"""One writer at a time: a lock file that says who holds it, and falls free when its process ends."""
+
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trigger_opt.errors import UserError
+
+
+@contextmanager
+def held(lock_file: Path, *, what: str, remedy: str) -> Iterator[None]:
+    """Hold `lock_file`, made with its folder when missing, until the context ends.
+
+    Args:
+        what: is held, as the user knows it, say "the ledger /x". remedy: say "give another run_dir".
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("a+")
+    except OSError as error:
+        raise UserError(f"{what} cannot be written ({error.strerror}); {remedy}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(f"{what} is in use by {holder}; wait for it or {remedy}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
