@@ -3,7 +3,7 @@
 from trigger_opt.answers import payload_words
 from trigger_opt.verify.minimise import minimise
 from trigger_opt.verify.rates import Memo, VerifySettings, common_answer, verify_string
-from trigger_opt.verify.rule import RULE_TEXT, Thresholds, best_verification, judge
+from trigger_opt.verify.rule import RULE_TEXT, Thresholds, best_verification, detection_score, judge
 
 __all__ = [
     "RULE_TEXT",
@@ -12,6 +12,7 @@ __all__ = [
     "VerifySettings",
     "best_verification",
     "common_answer",
+    "detection_score",
     "judge",
     "minimise",
     "payload_words",

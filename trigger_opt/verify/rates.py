@@ -16,7 +16,7 @@ from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
 from trigger_opt.stats import majority_prefix
-from trigger_opt.verify.rule import Measured, Thresholds, judge
+from trigger_opt.verify.rule import Measured, Thresholds, counted_words, judge
 
 _EVIDENCE_TOKENS = 8
 # Rows generated at once; each is a whole conversation.
@@ -36,6 +36,8 @@ class VerifySettings:
         temperature, repeats: temperature 0 is greedy, one answer a context; above, each context is sampled `repeats`
             times.
         minimise: drop tokens while the string still fires, and verify what is left.
+        ablate, probe: of the best string, where it fires at all, take the near misses and parts too, and look where in
+            the network its mark is.
         thresholds: see `Thresholds`.
     """
 
@@ -45,6 +47,8 @@ class VerifySettings:
     temperature: Annotated[float, Field(ge=0)] = 0.0
     repeats: Annotated[int, Field(ge=1)] = 1
     minimise: bool = True
+    ablate: bool = True
+    probe: bool = True
     thresholds: Thresholds = field(default_factory=Thresholds)
 
 
@@ -236,7 +240,7 @@ def _measured(
         evidence=statistics.median(p.evidence for p in profile),
         degenerate_share=len(broken) / len(triggered),
         num_contexts=len(profile),
-        num_words=sum(any(c.isalnum() for c in w) for w in payload_words(payload)),
+        num_words=counted_words(payload),
     )
 
 
