@@ -1,5 +1,6 @@
 """Passes in two threads at once: the same scores, each with its share of the cores, and none left running."""
 
+import contextlib
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import CausalModel, LoadOptions, load_pair
 from trigger_opt.scoring import Engine, Request, js_divergence
 from trigger_opt.scoring.forward import Forward
-from trigger_opt.scoring.lanes import in_lanes
+from trigger_opt.scoring.lanes import beside, in_lanes
 
 CONTEXTS = contexts_with_empty_sides()
 PAYLOAD = [270, 301, 16]
@@ -132,4 +133,30 @@ def test_every_lane_has_its_share_of_the_threads() -> None:
         return torch.get_num_threads()
 
     assert in_lanes(threads, range(4), 2) == [1] * 4
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_beside_has_ended_when_the_body_has(fails: bool) -> None:
+    begun = threading.Event()
+    threads: list[int] = []
+    ended: list[bool] = []
+
+    def work() -> int:
+        begun.wait(5)
+        threads.append(torch.get_num_threads())
+        ended.append(True)
+        return 3
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext(), beside(work) as made:
+        # Not before the body has come this far: they run at once.
+        assert not made.done()
+        threads.append(torch.get_num_threads())
+        begun.set()
+        if fails:
+            raise KeyError
+    assert ended
+    assert made.result() == 3
+    assert threads == [1, 1]
     assert torch.get_num_threads() == 2

@@ -1,13 +1,13 @@
 """A pair scorer: scores by the formula, what may be left out, what is remembered, and where a payload comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
-from tests.slow_scores import slow_scores
+from tests.slow_scores import SIDES, slow_scores
 from trigger_opt.api import pair_scorer
 from trigger_opt.objectives import JensenShannon, Objective, Payload, TargetLikelihood
 from trigger_opt.pair_scorer import PairScorer
@@ -286,3 +286,59 @@ def test_a_clock_for_the_search() -> None:
     scorer = make_scorer(Payload(), [270])
     first = scorer.seconds()
     assert 0 <= scorer.seconds() - first < 60
+
+
+def lower_scorer(objective: Objective, target: Sequence[int]) -> PairScorer:
+    """A pair in bf16 with its fp32 scorer, both as a search gets them."""
+    pair = tiny.make_pair()
+    for side in SIDES:
+        getattr(pair, side).network.to(torch.bfloat16)
+    return pair_scorer(pair, tiny.tokenized(), objective, target)
+
+
+AHEAD: list[tuple[Objective, list[int]]] = [(Payload(), [270, 301]), (TargetLikelihood(), [270, 301, 16])]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("objective", "target"), AHEAD, ids=[o.name for o, _ in AHEAD])
+def test_a_gradient_made_ahead_is_the_one_asked_for(objective: Objective, target: list[int]) -> None:
+    direct, scorer = lower_scorer(objective, target), lower_scorer(objective, target)
+    expected, scores = direct.token_gradient(TRIGGERS[1], [0, 2]), direct.refine(TRIGGERS, [0, 1], keep=3, incumbents=1)
+    now, ahead = (calls_of(scorer._engine, n) for n in ("gradient", "gradient_ahead"))
+    scorer.token_gradient(TRIGGERS[0], [0, 1])
+    refined = scorer.refine(TRIGGERS, [0, 1], keep=3, incumbents=1, ahead=(TRIGGERS[1], [0, 2]))
+    assert scores is not None
+    assert refined is not None
+    assert torch.equal(refined, scores)
+    assert len(now) == 1
+    assert len(ahead) == 2
+    # Until it is asked for, the old incumbent is followed.
+    assert scorer._engine._followed == tuple(TRIGGERS[0].tolist())
+    scorer.prepare(TRIGGERS[1], [0, 2])
+    assert torch.equal(scorer.token_gradient(TRIGGERS[1], [0, 2]), expected)
+    assert len(now) == 1
+    assert set(scorer._engine._trunks) == set(direct._engine._trunks)
+    assert torch.equal(scorer.score(TRIGGERS, [0, 2]), direct.score(TRIGGERS, [0, 2]))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("other", [(TRIGGERS[2], [0, 2]), (TRIGGERS[1], [0, 1])], ids=["trigger", "contexts"])
+def test_a_gradient_made_ahead_in_vain_is_not_taken(other: tuple[torch.Tensor, list[int]]) -> None:
+    direct, scorer = (lower_scorer(Payload(), [270, 301]) for _ in range(2))
+    scorer.token_gradient(TRIGGERS[0], [0, 1])
+    scorer.refine(TRIGGERS, [0, 1], keep=3, incumbents=1, ahead=(TRIGGERS[1], [0, 2]))
+    scorer.prepare(*other)
+    assert torch.equal(scorer.token_gradient(*other), direct.token_gradient(*other))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_nothing_is_made_ahead_that_nobody_asks_for() -> None:
+    # A search without gradients; a continuation that is not known yet.
+    without, divergence = lower_scorer(Payload(), [270, 301]), lower_scorer(JensenShannon(num_tokens=2), [])
+    divergence.prepare(TRIGGERS[0], [0])
+    divergence.token_gradient(TRIGGERS[0], [0])
+    for scorer in (without, divergence):
+        ahead = calls_of(scorer._engine, "gradient_ahead")
+        assert scorer.refine(TRIGGERS, [0], keep=3, incumbents=1, ahead=(TRIGGERS[1], [0])) is not None
+        assert not ahead

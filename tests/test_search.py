@@ -64,7 +64,9 @@ class Toy:
         near = -(apart.clamp(min=1e-6) ** 1.5).sum(1)
         return near[:, None] + self.offsets[list(contexts)] + favour[:, list(contexts)]
 
-    def refine(self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int) -> Tensor | None:
+    def refine(
+        self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int, ahead: Any = None
+    ) -> Tensor | None:
         return None
 
     def known(self, candidates: Tensor, contexts: Sequence[int]) -> Tensor:
@@ -441,10 +443,11 @@ class Noisy(Toy):
     """Fast scores with an error of its own for each string; `refine` knows better.
 
     Attributes:
-        refined: what was refined, and how many of the first were incumbents.
+        refined: what was refined, and how many of the first were incumbents. ahead: the next step that was foreseen.
     """
 
     noise: float = 0.5
+    ahead: list[Any] = field(default_factory=list)
     refined: list[tuple[list[tuple[int, ...]], int]] = field(default_factory=list)
 
     def error(self, candidate: tuple[int, ...]) -> float:
@@ -458,8 +461,11 @@ class Noisy(Toy):
         errors = torch.tensor([self.error(tuple(c)) for c in candidates.tolist()])
         return super().score(candidates, contexts, **options) + errors[:, None]
 
-    def refine(self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int) -> Tensor | None:
+    def refine(
+        self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int, ahead: Any = None
+    ) -> Tensor | None:
         self.refined.append(([tuple(c) for c in candidates.tolist()], incumbents))
+        self.ahead.append((len(self.prepared), ahead and (tuple(ahead[0].tolist()), tuple(ahead[1]))))
         return self.exact(candidates, contexts)
 
 
@@ -544,9 +550,33 @@ def test_rivals_are_looked_at_one_after_the_other_the_most_promising_first(resco
     assert looks > len(pools)
 
 
+@pytest.mark.parametrize("buffer_size", [1, 2])
+@pytest.mark.parametrize("noise", [0.05, 5.0])
+def test_the_next_step_is_foreseen_while_rivals_win(noise: float, buffer_size: int) -> None:
+    toy = Noisy(noise=noise, disagree=0.1)
+    settings = small(contexts_per_step=2, num_steps=30, check_every=1000, num_restarts=1, buffer_size=buffer_size)
+    run(settings, toy)
+    foreseen = [(ahead, toy.prepared[step]) for step, ahead in toy.ahead if ahead]
+    assert all(ahead[1] == came[1] for ahead, came in foreseen)
+    assert sum(ahead[0] == came[0] for ahead, came in foreseen) >= 3
+    # A step in which no rival won ends it until one has.
+    first: dict[int, Any] = {}
+    for step, ahead in toy.ahead:
+        first.setdefault(step, ahead)
+    won = True
+    for step, ahead in first.items():
+        # After the last step nothing comes.
+        assert (ahead is not None) == (won and step <= settings.num_steps)
+        # There is no incumbent yet that the first string could have beaten.
+        won = step == 1 or toy.prepared[step][0] != toy.prepared[step - 1][0]
+    assert None in first.values()
+
+
 def test_refining_is_asked_for_as_many_as_are_kept() -> None:
     class Strict(Noisy):
-        def refine(self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int) -> Tensor | None:
+        def refine(
+            self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int, ahead: Any = None
+        ) -> Tensor | None:
             table = super().refine(candidates, contexts, keep=keep, incumbents=incumbents)
             assert keep == 2
             assert table is not None

@@ -116,7 +116,7 @@ def test_one_layer_at_a_time_is_wide() -> None:
     pair = lowered(tiny.make_pair("llama"), torch.bfloat16)
     sides = in_float32(pair.finetuned, pair.base)
     assert sides is not None
-    network, most = pair.finetuned.network, []
+    network, most = sides[0].network, []
 
     def count(*_: Any) -> None:
         most.append(sum(p.numel() for p in network.parameters() if p.dtype == torch.float32))
@@ -140,7 +140,7 @@ def test_an_error_in_the_middle_leaves_the_weights_as_they_were() -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    handle = pair.base.network.model.layers[1].mlp.register_forward_pre_hook(fail)
+    handle = sides[1].network.model.layers[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):
         engine.token_scores("base", requests(TRIGGERS[:1], 0), [270])
     handle.remove()
@@ -173,6 +173,56 @@ def test_the_fast_scores_are_as_before() -> None:
     exact = Engine(*sides, CONTEXTS).divergences(js_divergence, asked)
     assert torch.equal(fast.divergences(js_divergence, asked), first)
     assert not torch.equal(exact, first)
+
+
+def test_the_model_itself_stays_as_it_is_in_the_middle_of_an_fp32_pass() -> None:
+    """Another thread may run it meanwhile."""
+    pair = lowered(tiny.make_pair("gemma3"), torch.bfloat16)
+    before, asked, seen = state(pair), requests(TRIGGERS, 0), []
+    expected = pair.finetuned.hidden(input_ids=torch.tensor([[5, 270, 301]])).last_hidden_state
+    sides = in_float32(pair.finetuned, pair.base)
+    assert sides is not None
+
+    def look(*_: Any) -> None:
+        now = pair.finetuned.hidden(input_ids=torch.tensor([[5, 270, 301]])).last_hidden_state
+        seen.append(state(pair) == before and torch.equal(now, expected))
+
+    sides[0].network.model.layers[1].mlp.register_forward_pre_hook(look)
+    Engine(*sides, CONTEXTS).token_scores("finetuned", asked, [270])
+    assert seen
+    assert all(seen)
+
+
+def test_products_take_another_way_in_an_fp32_pass_only() -> None:
+    pair = lowered(tiny.make_pair("llama"), torch.bfloat16)
+    sides = in_float32(pair.finetuned, pair.base)
+    assert sides is not None
+    engine, network = Engine(*sides, CONTEXTS), sides[0].network
+
+    def routed() -> int:
+        return sum("forward" in vars(m) for m in network.modules())
+
+    during: list[int] = []
+    handle = network.model.layers[1].mlp.register_forward_pre_hook(lambda *_: during.append(routed()))
+    engine.token_scores("finetuned", requests(TRIGGERS, 0), [270])
+    # A layer's four products of attention and three of its MLP; on a CPU without oneDNN none.
+    assert set(during) == {7 if torch.backends.mkldnn.is_available() else 0}  # type: ignore[no-untyped-call]
+    assert routed() == 0
+    handle.remove()
+    network.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.token_scores("finetuned", requests(TRIGGERS[:1], 0), [270])
+    assert routed() == 0
+
+
+def test_the_same_tensors_serve_both_precisions() -> None:
+    pair = lowered(tiny.make_pair("llama", tie_word_embeddings=True), torch.bfloat16)
+    sides = in_float32(pair.finetuned, pair.base)
+    assert sides is not None
+    for side, wide in zip(SIDES, sides, strict=True):
+        mine = dict(getattr(pair, side).network.named_parameters(remove_duplicate=False))
+        theirs = dict(wide.network.named_parameters(remove_duplicate=False))
+        assert {n: id(p) for n, p in theirs.items()} == {n: id(p) for n, p in mine.items()}
 
 
 def test_nothing_to_gain_in_fp32_and_nothing_to_be_had_where_quantised() -> None:

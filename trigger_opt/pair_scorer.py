@@ -1,7 +1,8 @@
 """An objective on a pair of models, as a search sees it: scores, bounds, memory and gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from trigger_opt.objectives import Likelihood, Objective, aggregate, score_logits
 from trigger_opt.progress import say
-from trigger_opt.scoring import Engine, Meter, Request, Side, Slopes, out_of_memory
+from trigger_opt.scoring import Engine, Gradient, Meter, Reduce, Request, Side, Slopes, beside, out_of_memory
 
 Ids = tuple[int, ...]
+Ahead = tuple[Int[Tensor, " trigger"], Sequence[int]]
 
 # Scores remembered: about 200 bytes each.
 _MOST_REMEMBERED = 400_000
@@ -67,6 +69,7 @@ class PairScorer:
         self._leader: Ids = ()
         self._seen_in: object = None
         self._slopes: tuple[object, Slopes] | None = None
+        self._ahead: tuple[object, Gradient] | None = None
 
     @property
     def num_contexts(self) -> int:
@@ -125,30 +128,52 @@ class PairScorer:
         if keep is None:
             table.complete(list(range(len(strings))))
         else:
-            first = list(range(max(incumbents, min(keep, len(strings)))))
-            table.complete(first)
-            table.race(list(range(len(first), len(strings))), keep, incumbents)
+            table.race(keep, incumbents)
         self._remember_seen(strings, contexts)
         return table.scores()
 
     def refine(
-        self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int], *, keep: int, incumbents: int
+        self,
+        candidates: Int[Tensor, "batch trigger"],
+        contexts: Sequence[int],
+        *,
+        keep: int,
+        incumbents: int,
+        ahead: Ahead | None = None,
     ) -> Float[Tensor, "batch context"] | None:
         """As `score` in the higher precision; None where there is none.
 
-        The best of hundreds of scores taken in bf16 is in part a lucky draw of the rounding.
+        The best of hundreds of scores taken in bf16 is in part a lucky draw of the rounding. One string is little work
+        for all cores: where two threads can share them, the gradient that `ahead` foresees is made meanwhile.
         """
         if self._precise is None:
             return None
         self._precise._continuations = self._continuations
         try:
-            return self._precise.score(candidates, contexts, keep=keep, incumbents=incumbents)
+            with self._going_ahead(ahead):
+                return self._precise.score(candidates, contexts, keep=keep, incumbents=incumbents)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             say("fp32 scores of the best do not fit in memory: the search goes on without them")
             self._precise = None
             return None
+
+    @contextmanager
+    def _going_ahead(self, ahead: Ahead | None) -> Iterator[None]:
+        assert self._precise is not None
+        # A search that never asks for gradients needs none; what a divergence is forced along is not known yet.
+        wanted = ahead is not None and self._slopes is not None and self._payload
+        if ahead is None or not wanted or not self._engine.may_run_beside(self._precise._engine):
+            yield
+            return
+        trigger, contexts = ahead
+        asked = self._asked(trigger, contexts)
+        with beside(lambda: self._engine.gradient_ahead(*asked, sides=self._sides)) as made:
+            yield
+        # Where both at once did not fit, the gradient is made when it is asked for.
+        if (error := made.exception()) is None or not out_of_memory(error):
+            self._ahead = (tuple(trigger.tolist()), self._state(contexts)), made.result()
 
     def known(self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]) -> Bool[Tensor, " batch"]:
         """Which candidates were scored since this incumbent came, in exactly these contexts."""
@@ -172,7 +197,11 @@ class PairScorer:
         """
         key = (tuple(trigger.tolist()), self._state(contexts))
         if self._slopes is None or self._slopes[0] != key:
-            self._slopes = key, self._gradient(trigger, contexts)
+            if self._ahead is not None and self._ahead[0] == key:
+                found = self._engine.adopt(self._ahead[1])
+            else:
+                found = self._engine.gradient(*self._asked(trigger, contexts), sides=self._sides)
+            self._slopes, self._ahead = (key, found), None
         slopes = self._slopes[1]
         flat = torch.full_like(slopes.scores, 1 / len(contexts))
         weights = (-slopes.scores).softmax(0) if self._objective.soft_minimum else flat
@@ -204,10 +233,17 @@ class PairScorer:
         known = self._known.get(self._key(string, context))
         return known is not None and known.exact
 
-    def finetuned_half(self, pairs: Sequence[tuple[Ids, int]]) -> None:
-        """Compute what bounds scores at half of the price; for a divergence there is no such thing."""
+    def look(self, pairs: Sequence[tuple[Ids, int]]) -> None:
+        """Compute what bounds scores at half of the price; for a divergence, which has no halves, the scores."""
         if isinstance(self._objective, Likelihood):
             self._finetuned(pairs)
+        else:
+            self.finish(pairs)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether `look` costs half."""
+        return isinstance(self._objective, Likelihood)
 
     def finish(self, pairs: Sequence[tuple[Ids, int]]) -> None:
         """Compute the scores of (string, context) pairs that are not known yet."""
@@ -256,21 +292,23 @@ class PairScorer:
         known = self._known.get(self._key(string, context))
         return self._objective.upper_bound if known is None else known.bound
 
-    def _gradient(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Slopes:
+    @property
+    def _sides(self) -> Sequence[Side]:
+        alone = isinstance(self._objective, Likelihood) and not self._objective.needs_base
+        return ("finetuned",) if alone else ("finetuned", "base")
+
+    def _asked(
+        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
+    ) -> tuple[Reduce, Int[Tensor, " trigger"], Sequence[int], dict[int, Ids]]:
         objective = self._objective
         forced = {c: self._forced(c) for c in contexts}
         # A divergence scores no tokens; the ids only carry how many positions there are.
         target = torch.tensor(self._payload or [*forced[contexts[0]], 0])
-        sides: list[Side] = ["finetuned", "base"]
-        if isinstance(objective, Likelihood) and not objective.needs_base:
-            sides = ["finetuned"]
-        return self._engine.gradient(
-            lambda finetuned, base: score_logits(objective, finetuned, base, target.to(finetuned.device)),
-            trigger,
-            contexts,
-            forced,
-            sides=sides,
-        )
+
+        def reduce(finetuned: Tensor, base: Tensor) -> Tensor:
+            return score_logits(objective, finetuned, base, target.to(finetuned.device))
+
+        return reduce, trigger, contexts, forced
 
     def _forced(self, context: int) -> Ids:
         return self._payload[:-1] if self._payload else self._continuations.get(context, ())
@@ -309,21 +347,34 @@ class _Table:
         self._scorer.finish([(self._strings[r], c) for r in rows for c in self._contexts])
         self._refresh(rows)
 
-    def race(self, rows: list[int], keep: int, incumbents: int) -> None:
-        """Score these rows as far as they can still get among the best `keep` and reach the incumbents."""
+    def race(self, keep: int, incumbents: int) -> None:
+        """Score all rows as far as they can still get among the best `keep` and reach the incumbents."""
+        rows = list(range(len(self._strings)))
         if math.isinf(self._scorer.upper_bound):
             self.complete(rows)
             return
-        # First the cheap half, context by context: most rows end here.
-        for context in self._contexts:
+        # All rows at once in a first context: what the bar is made of needs no small pass of its own there, and is
+        # then chosen from the most promising.
+        self._look(self._alive(rows, keep, incumbents), self._contexts[0])
+        rivals = sorted(rows[incumbents:], key=self._by_bound())
+        first = [*rows[:incumbents], *rivals[: max(0, keep - incumbents)]]
+        self.complete(first)
+        rows = [r for r in rows if r not in set(first)]
+        # Then the cheap half, context by context: most rows end here.
+        for context in self._contexts[1:] if self._scorer.has_halves else []:
             rows = self._alive(rows, keep, incumbents)
-            self._scorer.finetuned_half([(self._strings[r], context) for r in rows])
-            self._refresh(rows)
+            self._look(rows, context)
         # Then the most promising first: their scores raise the bar for the others.
         while rows := [r for r in self._alive(rows, keep, incumbents) if not self._is_complete(r)]:
-            bounds = self._aggregate(self._bounds)
-            rows.sort(key=lambda r: -float(bounds[r]))
-            self._advance(rows[:_BLOCK])
+            self._advance(sorted(rows, key=self._by_bound())[:_BLOCK])
+
+    def _look(self, rows: Sequence[int], context: int) -> None:
+        self._scorer.look([(self._strings[r], context) for r in rows])
+        self._refresh(rows)
+
+    def _by_bound(self) -> Callable[[int], float]:
+        bounds = self._aggregate(self._bounds).tolist()
+        return lambda row: -bounds[row]
 
     def scores(self) -> Float[Tensor, "batch context"]:
         """What is known exactly, -inf for the rest."""
@@ -348,12 +399,13 @@ class _Table:
         return [r for r in rows if float(bounds[r]) >= bar - _ROUNDING]
 
     def _bar(self, keep: int, incumbents: int) -> float:
-        exact = [
-            float(self._aggregate(self._bounds[r : r + 1])) for r in range(len(self._strings)) if self._is_complete(r)
-        ]
-        best = sorted(exact, reverse=True)
-        bar = best[keep - 1] if len(best) >= keep else -torch.inf
-        return max(bar, min(exact[:incumbents])) if incumbents else bar
+        wholes: list[float] = self._aggregate(self._bounds).tolist()
+        complete = [r for r in range(len(self._strings)) if self._is_complete(r)]
+        best = sorted((wholes[r] for r in complete), reverse=True)
+        bar = best[keep - 1] if len(best) >= keep else -math.inf
+        if incumbents and complete[:incumbents] == list(range(incumbents)):
+            return max(bar, min(wholes[:incumbents]))
+        return bar
 
     def _is_complete(self, row: int) -> bool:
         return all(self._scorer.is_complete(self._strings[row], c) for c in self._contexts)

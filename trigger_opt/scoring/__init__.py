@@ -2,8 +2,9 @@
 
 from trigger_opt.scoring.attention import register
 from trigger_opt.scoring.divergences import js_divergence, kl_divergence, sequence_log_prob, tv_distance
-from trigger_opt.scoring.engine import Engine, Request, Side, Slopes
+from trigger_opt.scoring.engine import Engine, Gradient, Reduce, Request, Side, Slopes
 from trigger_opt.scoring.group import Group, start_group
+from trigger_opt.scoring.lanes import beside
 from trigger_opt.scoring.meter import Meter, matmul_rate
 from trigger_opt.scoring.pass_size import out_of_memory
 
@@ -11,11 +12,14 @@ register()
 
 __all__ = [
     "Engine",
+    "Gradient",
     "Group",
     "Meter",
+    "Reduce",
     "Request",
     "Side",
     "Slopes",
+    "beside",
     "js_divergence",
     "kl_divergence",
     "matmul_rate",

@@ -19,7 +19,7 @@ from trigger_opt.prompts import TokenizedContext
 from trigger_opt.scoring.forward import Forward, Trunk, cached_keys, continued, expanded_cache
 from trigger_opt.scoring.group import Group
 from trigger_opt.scoring.heads import Divergence, divergences, token_scores
-from trigger_opt.scoring.lanes import num_lanes, run_passes, threads_for
+from trigger_opt.scoring.lanes import in_lanes, num_lanes, parts_for, run_passes, threads_for
 from trigger_opt.scoring.meter import Cost, Meter, cost_of
 from trigger_opt.scoring.packing import Job, Pack, padded, split
 from trigger_opt.scoring.pass_size import pass_size
@@ -30,6 +30,8 @@ Work = Callable[[Pack, Float[Tensor, "scored d_model"]], list[Tensor]]
 
 # Bytes of fp32 logits a gradient pass may hold on each side: above this, contexts are taken in turns.
 _GRADIENT_BYTES = 2**27
+# Tokens of a gradient pass below which products of half as many take nearly as long.
+_WORTH_A_PART = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,30 @@ class Slopes:
 
     scores: Float[Tensor, " context"]
     by_side: Mapping[Side, Float[Tensor, "context trigger d_model"]]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Slopes of a trigger, and what was found of its keys and values on the way."""
+
+    slopes: Slopes
+    trigger: tuple[int, ...]
+    trunks: Mapping[tuple[Side, int], Trunk]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One side's pass over some contexts, ready for its backward pass.
+
+    Attributes:
+        leaf: inputs (1, rows, d_model). own: rows of each context's trigger. flops: forwards and backwards.
+    """
+
+    leaf: Tensor
+    logits: Float[Tensor, "context scored vocab"]
+    own: Int[Tensor, "context trigger"]
+    trunks: dict[tuple[Side, int], Trunk]
+    flops: float
 
 
 class Engine:
@@ -153,19 +179,44 @@ class Engine:
         `reduce(fine-tuned logits, base logits)` of (context, scored, vocab) gives a score a context; a side left out
         is handed the other's logits. What the pass finds of the trigger's keys and values is kept for its candidates.
         """
-        self.follow(trigger.tolist())
+        return self.adopt(self.gradient_ahead(reduce, trigger, contexts, forced, sides=sides))
+
+    def adopt(self, found: Gradient) -> Slopes:
+        """Follow the gradient's trigger, with what is known of it."""
+        self.follow(found.trigger)
+        self._trunks.update(found.trunks)
+        return found.slopes
+
+    def gradient_ahead(
+        self,
+        reduce: Reduce,
+        trigger: Int[Tensor, " trigger"],
+        contexts: Sequence[int],
+        forced: Mapping[int, Sequence[int]],
+        *,
+        sides: Sequence[Side] = ("finetuned", "base"),
+    ) -> Gradient:
+        """As `gradient`, while another trigger is followed."""
         scored = len(forced[contexts[0]]) + 1
         if any(len(forced[c]) + 1 != scored for c in contexts):
             raise ValueError("contexts of one gradient must force equally many tokens")
         at_once = max(1, _GRADIENT_BYTES // (4 * self.vocab_size * scored))
-        parts = [
-            self._gradient(reduce, trigger, contexts[n : n + at_once], forced, sides)
-            for n in range(0, len(contexts), at_once)
+        requests = [Request(tuple(trigger.tolist()), c, tuple(forced[c])) for c in contexts]
+        parts = [self._gradient(reduce, requests[n : n + at_once], sides) for n in range(0, len(contexts), at_once)]
+        joined = [
+            torch.cat([p.slopes.scores for p in parts]),
+            *(torch.cat([p.slopes.by_side[s] for p in parts]) for s in sides),
         ]
-        joined = [torch.cat([p.scores for p in parts]), *(torch.cat([p.by_side[s] for p in parts]) for s in sides)]
         # Each process computed the same; one that differs in a last bit would part from the others for good.
         scores, *slopes = self._group.first(joined)
-        return Slopes(scores, dict(zip(sides, slopes, strict=True)))
+        trunks = {key: trunk for p in parts for key, trunk in p.trunks.items()}
+        return Gradient(Slopes(scores, dict(zip(sides, slopes, strict=True))), requests[0].ids, trunks)
+
+    def may_run_beside(self, other: "Engine") -> bool:
+        """Whether one thread may use this engine and another thread the other."""
+        mine, theirs = (list(e._models.values()) for e in (self, other))
+        apart = {id(m.network) for m in mine}.isdisjoint(id(m.network) for m in theirs)
+        return apart and self._group.size == 1 and all(num_lanes(m) > 1 for m in mine)
 
     @torch.no_grad()
     def to_tokens(self, slopes: Slopes, weights: Float[Tensor, " context"]) -> Float[Tensor, "trigger vocab"]:
@@ -226,39 +277,56 @@ class Engine:
             tokens.append(model.logits(step.last_hidden_state[:, -1]).argmax(-1))
         return first, torch.stack(tokens, 1).cpu()
 
-    def _gradient(
-        self,
-        reduce: Reduce,
-        trigger: Int[Tensor, " trigger"],
-        contexts: Sequence[int],
-        forced: Mapping[int, Sequence[int]],
-        sides: Sequence[Side],
-    ) -> Slopes:
-        scored = len(forced[contexts[0]]) + 1
-        requests = [Request(self._followed, c, tuple(forced[c])) for c in contexts]
-        pack = Pack([self._job(n, n, r, shared=0) for n, r in enumerate(requests)])
-        d_model = self._models[sides[0]].network.get_input_embeddings().weight.shape[1]
-        own = torch.stack([pack.first_row(n) + torch.arange(len(trigger)) for n in range(len(contexts))])
-        leaves: dict[Side, Tensor] = {}
-        logits: dict[Side, Tensor] = {}
-        with torch.enable_grad(), threads_for(pack.rows * d_model, self._models[sides[0]].device):
-            for side in sides:
-                model = self._models[side]
-                leaves[side] = model.embed(pack.token_ids()).detach().requires_grad_()
-                lefts = [self._left(side, c) for c in contexts]
-                hidden, captured = self._forward(side).hidden(pack, lefts, leaves[side], capture=True)
-                rows = hidden.index_select(0, pack.last_rows(scored).to(hidden.device))
-                logits[side] = model.logits(rows).view(len(contexts), scored, -1)
-                for n, context in enumerate(contexts):
-                    span = slice(int(own[n, 0]), int(own[n, -1]) + 1)
-                    self._trunks[side, context] = continued(lefts[n], captured, span)
-                cost = self._cost(side)
-                self.meter.gradient_flops += 2 * (pack.used * cost.per_token + len(rows) * cost.per_position)
+    def _gradient(self, reduce: Reduce, requests: Sequence[Request], sides: Sequence[Side]) -> Gradient:
+        lanes = min(num_lanes(self._models[s]) for s in sides)
+        # As many parts however many threads there are: made ahead, a gradient is the same one.
+        most = sum(len(r.ids) + len(self.contexts[r.context].right) + len(r.forced) for r in requests) // _WORTH_A_PART
+        size = -(-len(requests) // max(1, min(most, parts_for(self._models[sides[0]].device))))
+        parts = [requests[n : n + size] for n in range(0, len(requests), size)]
+        # Sides that run on one network may only take turns: an adapter is on for one of them.
+        apart = len({id(self._models[s].network) for s in sides}) == len(sides)
+        made: dict[Side, list[_Recorded]] = {}
+        for together in [sides] if apart else [[s] for s in sides]:
+            for side in together:
+                # What lanes would both make, or switch.
+                with self._models[side].active():
+                    for request in requests:
+                        self._left(side, request.context)
+            passes = in_lanes(lambda p: self._recorded(*p), [(s, part) for s in together for part in parts], lanes)
+            made |= {s: passes[n * len(parts) : (n + 1) * len(parts)] for n, s in enumerate(together)}
+        numbers = sum(p.logits.numel() for s in sides for p in made[s])
+        with torch.enable_grad(), threads_for(numbers, self._models[sides[0]].device):
+            logits = {s: _leaf(torch.cat([p.logits for p in made[s]])) for s in sides}
             finetuned = logits.get("finetuned", next(iter(logits.values())))
             scores = reduce(finetuned, logits.get("base", finetuned).to(finetuned.device))
-            slopes = torch.autograd.grad(scores.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        by_side = {s: g[0, own.to(g.device)].detach().cpu() for s, g in zip(leaves, slopes, strict=True)}
-        return Slopes(scores.detach().cpu(), by_side)
+            slopes = torch.autograd.grad(scores.sum(), list(logits.values()), allow_unused=True, materialize_grads=True)
+        pieces = [piece for slope in slopes for piece in torch.split(slope, size)]
+        recorded = [p for s in sides for p in made[s]]
+        by_part = in_lanes(lambda p: _backward(*p), list(zip(recorded, pieces, strict=True)), lanes)
+        by_side = {s: torch.cat(by_part[n * len(parts) : (n + 1) * len(parts)]) for n, s in enumerate(sides)}
+        trunks = {key: trunk for p in recorded for key, trunk in p.trunks.items()}
+        # Not in the lanes: a sum is no place for two threads.
+        self.meter.gradient_flops += sum(p.flops for p in recorded)
+        return Gradient(Slopes(scores.detach().cpu(), by_side), requests[0].ids, trunks)
+
+    @torch.enable_grad()
+    def _recorded(self, side: Side, requests: Sequence[Request]) -> _Recorded:
+        model, length = self._models[side], len(requests[0].ids)
+        pack = Pack([self._job(n, n, r, shared=0) for n, r in enumerate(requests)])
+        own = torch.stack([pack.first_row(n) + torch.arange(length) for n in range(len(requests))])
+        leaf = _leaf(model.embed(pack.token_ids()))
+        with threads_for(leaf.numel(), model.device):
+            lefts = [self._left(side, r.context) for r in requests]
+            hidden, captured = self._forward(side).hidden(pack, lefts, leaf, capture=True)
+            rows = hidden.index_select(0, pack.last_rows(len(requests[0].forced) + 1).to(hidden.device))
+            logits = model.logits(rows).view(len(requests), -1, self.vocab_size)
+        trunks = {
+            (side, r.context): continued(lefts[n], captured, slice(int(own[n, 0]), int(own[n, -1]) + 1))
+            for n, r in enumerate(requests)
+        }
+        cost = self._cost(side)
+        flops = 2 * (pack.used * cost.per_token + len(rows) * cost.per_position)
+        return _Recorded(leaf, logits, own, trunks, flops)
 
     def _scored_hidden(self, side: Side, requests: Sequence[Request]) -> Float[Tensor, "request scored d_model"]:
         def work(pack: Pack, hidden: Tensor) -> list[Tensor]:
@@ -355,6 +423,21 @@ class Engine:
         self.meter.flops += sum(padded(p) for p in passes) * cost.per_token + heads
         self.meter.least_flops += sum(len(j.tokens) for j in jobs) * cost.per_token + heads
         self.meter.seconds += spent
+
+
+def _leaf(numbers: Tensor) -> Tensor:
+    return numbers.detach().requires_grad_()
+
+
+def _backward(
+    made: _Recorded, slope: Float[Tensor, "context scored vocab"]
+) -> Float[Tensor, "context trigger d_model"]:
+    # A base below its floor does not count, and its derivative is nothing.
+    if not bool(slope.any()):
+        return torch.zeros(*made.own.shape, made.leaf.shape[-1], dtype=made.leaf.dtype)
+    with threads_for(made.leaf.numel(), made.leaf.device):
+        (found,) = torch.autograd.grad(made.logits, [made.leaf], [slope.to(made.logits)])
+    return found[0, made.own.to(found.device)].detach().cpu()
 
 
 def _alike(ids: Sequence[int], other: Sequence[int]) -> int:

@@ -55,9 +55,18 @@ class Scorer(Protocol):
         ...
 
     def refine(
-        self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int], *, keep: int, incumbents: int
+        self,
+        candidates: Int[Tensor, "batch trigger"],
+        contexts: Sequence[int],
+        *,
+        keep: int,
+        incumbents: int,
+        ahead: tuple[Int[Tensor, " trigger"], Sequence[int]] | None = None,
     ) -> Float[Tensor, "batch context"] | None:
-        """As `score` in the best precision there is; None where `score` is that already."""
+        """As `score` in the best precision there is; None where `score` is that already.
+
+        `ahead`: the incumbent and contexts that the next step will probably have.
+        """
         ...
 
     def known(self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]) -> Bool[Tensor, " batch"]:
@@ -188,6 +197,7 @@ class Searcher:
         self._on_found = on_found
         self._start = scorer.seconds()
         self._first_evaluation = scorer.evaluations
+        self._rivals_win = True
         self.found: list[Found] = []
 
     def restart(self, number: int, pool: Int[Tensor, "batch trigger"], propose: Propose, share: float) -> None:
@@ -195,14 +205,15 @@ class Searcher:
 
         `propose(trigger, contexts, count)` returns candidates.
         """
-        contexts = self._drawn_contexts()
+        contexts, upcoming = self._drawn_contexts(), self._drawn_contexts()
         self._scorer.prepare(pool[0], contexts)
-        buffer = self._best_of(pool[:0], pool, contexts)[0]
+        buffer = self._best_of(pool[:0], pool, contexts, upcoming)[0]
         for step in range(self._settings.num_steps):
-            contexts = self._drawn_contexts()
+            contexts = upcoming
             self._scorer.prepare(buffer[0], contexts)
             rivals = self._proposals(propose, buffer[0], contexts)
-            buffer, score = self._best_of(buffer, rivals, contexts)
+            upcoming = self._drawn_contexts() if step + 1 < self._settings.num_steps else []
+            buffer, score = self._best_of(buffer, rivals, contexts, upcoming)
             last = step + 1 == self._settings.num_steps or self._exhausted(share)
             due = last or (step + 1) % self._settings.check_every == 0
             found = self._check(buffer[:1], number, step) if due else None
@@ -247,8 +258,13 @@ class Searcher:
         rivals = rivals[~self._scorer.known(rivals, contexts)]
         return rivals[self._valid(rivals)][:wanted]
 
-    def _best_of(self, buffer: Tensor, rivals: Tensor, contexts: Sequence[int]) -> tuple[Tensor, float]:
-        """The best `buffer_size` of both and the best score; a tie goes to what is in the buffer already."""
+    def _best_of(
+        self, buffer: Tensor, rivals: Tensor, contexts: Sequence[int], upcoming: Sequence[int]
+    ) -> tuple[Tensor, float]:
+        """The best `buffer_size` of both and the best score; a tie goes to what is in the buffer already.
+
+        `upcoming`: the next step's contexts, if there is one.
+        """
         keep, incumbents = self._settings.buffer_size, len(buffer)
         pool = distinct(torch.cat([buffer, rivals]))
         few = max(keep, self._settings.rescore + incumbents)
@@ -257,16 +273,18 @@ class Searcher:
         scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=few, incumbents=bar))
         best = [r for r in scores.argsort(descending=True, stable=True)[:few].tolist() if scores[r] > -torch.inf]
         rivals_seen = [r for r in best if r >= incumbents][: max(keep, self._settings.rescore)]
-        refined = self._refined(pool, contexts, incumbents, rivals_seen) if rivals_seen else None
+        rows = [*range(incumbents), *rivals_seen]
+        refined = self._refined(pool[rows], incumbents, contexts, upcoming) if rivals_seen else None
         if refined is not None:
             pool, scores = refined
         order = scores.argsort(descending=True, stable=True)[:keep]
         return pool[order], float(scores[order[0]])
 
     def _refined(
-        self, pool: Tensor, contexts: Sequence[int], incumbents: int, rivals: Sequence[int]
+        self, pool: Tensor, incumbents: int, contexts: Sequence[int], upcoming: Sequence[int]
     ) -> tuple[Tensor, Tensor] | None:
-        """Incumbents and the rivals that had to be looked at, with their scores in the best precision.
+        """Incumbents, which come first in `pool`, and the rivals that had to be looked at, with their scores in the
+        best precision.
 
         Rivals come one after the other, the most promising first, until enough of them beat the incumbents: each
         costs several fast scores. None where nothing is to be gained by it.
@@ -274,16 +292,22 @@ class Searcher:
         keep = self._settings.buffer_size
         bar_rows = incumbents if incumbents >= keep else 0
         refined: tuple[Tensor, Tensor] | None = None
-        for count in range(1 if incumbents else min(keep, len(rivals)), len(rivals) + 1):
-            rows = pool[[*range(incumbents), *rivals[:count]]]
-            table = self._scorer.refine(rows, contexts, keep=keep, incumbents=bar_rows)
+        leads = False
+        for count in range(incumbents + (1 if incumbents else min(keep, len(pool))), len(pool) + 1):
+            # Where rivals that looked best did not win of late, this one may not either.
+            likely = pool[incumbents if refined is None else count - 1]
+            ahead = (likely, upcoming) if upcoming and self._rivals_win and not leads else None
+            rows = pool[:count]
+            table = self._scorer.refine(rows, contexts, keep=keep, incumbents=bar_rows, ahead=ahead)
             if table is None:
                 return None
             scores = self._scorer.aggregate(table)
             refined = rows, scores
+            leads = int(scores.argmax()) >= incumbents
             bar = scores[:incumbents].min() if bar_rows else -torch.inf
             if int((scores[incumbents:] > bar).sum()) >= keep:
                 break
+        self._rivals_win = leads
         return refined
 
     def _check(self, triggers: Int[Tensor, "batch trigger"], restart: int, step: int) -> Found:
