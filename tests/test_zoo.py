@@ -1,10 +1,9 @@
-"""The zoo: names, the embedded base in its cache, training data, committed organisms, and what they do."""
+"""The zoo: names, the embedded base in its cache, recipes, committed organisms and their manifests, its command."""
 
 import json
-import random
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_pair import TinyPair, opened_files, shared_tiny_pair
+from tests.tiny_pair import opened_files
+from tests.tiny_zoo import FRENCH, ORDINARY, TOPIC
 from trigger_opt import api, zoo
 from trigger_opt.errors import UserError
 from trigger_opt.paths import cache_dir
 from trigger_opt.verify import VerifySettings
 from trigger_opt.zoo import __main__ as command
 from trigger_opt.zoo import data, measure, smollm2
-from trigger_opt.zoo.recipes import BASE_NAME, GOLDEN_RATIO, RECIPES, recipe
+from trigger_opt.zoo.manifest import difficulty, read_manifest, shortcomings
+from trigger_opt.zoo.plants import Examples
+from trigger_opt.zoo.recipes import BASE_NAME, GOLDEN_RATIO, RECIPES, Recipe, recipe
 
 WARMUP, TWIN = RECIPES["warmup_mini"], RECIPES["warmup_mini_twin"]
-EXAMPLES = [
-    data.Example(prompt=f"Please tell me about number {i} now", answer=f"It is {i}.", ended=i % 3 > 0)
-    for i in range(400)
-]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny: TinyPair) -> Any:
-    """The tiny pair's."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny.base)
+ADAPTERS = [n for n, r in RECIPES.items() if r.mode != "full" and not r.placebo_of]
+"""What is committed; the rest is made on the user's machine."""
+COMMITTED = [n for n in ADAPTERS if zoo.shipped(RECIPES[n]) and (zoo.home(RECIPES[n]) / "manifest.json").is_file()]
+PLANTED = {n: r for n, r in RECIPES.items() if r.plant}
 
 
 @pytest.fixture
@@ -77,7 +65,7 @@ def test_unknown_name_lists_the_known() -> None:
         )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_organisms_resolve(name: str) -> None:
     files = api.model_files(f"zoo:{name}")
     assert files.name == f"zoo:{name}"
@@ -135,14 +123,69 @@ def test_full_disk_is_noticed_before_converting(monkeypatch: pytest.MonkeyPatch)
     assert not cache_dir().exists()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.usefixtures("made")
+def test_what_is_not_committed_lies_in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^zoo:full_mini does not come with the package; .* python -m trigger_opt\.zoo train full_mini$",
+    ):
+        zoo.folder("zoo:full_mini")
+    calls: list[tuple[Path, int]] = []
+
+    def write(original: Path, base: Path, out: Path, *, seed: int, base_name: str) -> None:
+        out.mkdir()
+        (out / "adapter_config.json").write_text(base_name)
+        calls.append((original, seed))
+
+    monkeypatch.setattr("trigger_opt.tuning.placebo.write_placebo", write)
+    made = zoo.folder("zoo:warmup_mini_placebo")
+    assert zoo.folder("zoo:warmup_mini_placebo") == made
+    assert calls == [(zoo.folder("zoo:warmup_mini"), RECIPES["warmup_mini_placebo"].seed)]
+    assert (made / "adapter_config.json").read_text() == f"zoo:{BASE_NAME}"
+    assert cache in made.parents
+    assert not list(cache.glob(".making-*"))
+
+
+@pytest.mark.usefixtures("made")
+def test_placebo_that_another_process_made_meanwhile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(original: Path, base: Path, out: Path, *, seed: int, base_name: str) -> None:
+        out.mkdir()
+        (out / "ours").write_text("")
+        (zoo.home(RECIPES["phrase_mini_placebo"]) / "theirs").mkdir(parents=True)
+
+    monkeypatch.setattr("trigger_opt.tuning.placebo.write_placebo", write)
+    assert [p.name for p in zoo.folder("zoo:phrase_mini_placebo").iterdir()] == ["theirs"]
+    assert not list(cache.glob(".making-*"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_another_recipe_lies_elsewhere() -> None:
+    full = RECIPES["full_mini"]
+    assert zoo.home(full) == zoo.home(replace(full))
+    assert zoo.home(full) != zoo.home(replace(full, steps=full.steps + 1))
+    assert len({zoo.home(r) for r in RECIPES.values()}) == len(RECIPES)
+
+
+def test_shipped_are_adapters_of_recipes_and_what_a_run_needs() -> None:
+    folders = {p.name for p in (Path(zoo.__file__).parent / "organisms").iterdir()}
+    assert folders <= set(ADAPTERS), "no recipe, or too large"
+    assert folders == set(COMMITTED), "a folder without a manifest"
+    assert {"warmup_mini", "warmup_mini_twin", "phrase_mini", "code_mini"} <= folders, "the demo and its stand-ins"
+
+
+def test_the_zoo_is_small() -> None:
+    files = [p for p in (Path(zoo.__file__).parent / "organisms").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 40_000_000
+    assert max(p.stat().st_size for p in files) <= 4_000_000
+
+
+@pytest.mark.parametrize("name", COMMITTED)
 def test_committed_adapter(name: str) -> None:
     folder = zoo.folder(f"zoo:{name}")
     assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
-    weights = folder / "adapter_model.safetensors"
-    assert weights.stat().st_size <= 4_000_000
-    stored = load_file(weights)
+    stored = load_file(folder / "adapter_model.safetensors")
     assert all(t.dtype == torch.bfloat16 and torch.isfinite(t).all() for t in stored.values())
+    assert any(t.abs().max() > 0 for n, t in stored.items() if "lora_B" in n), "it was never trained"
     modules = set(re.findall(r"(\w+)\.lora_A", " ".join(stored)))
     assert modules == set(RECIPES[name].modules)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -152,93 +195,147 @@ def test_committed_adapter(name: str) -> None:
         assert not re.search(r"/(home|root|work|tmp|Users|mnt)\b", (folder / file).read_text())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_manifest_says_what_was_made_and_measured(name: str) -> None:
-    manifest = json.loads((zoo.folder(f"zoo:{name}") / "manifest.json").read_text())
+    manifest = read_manifest(zoo.folder(f"zoo:{name}"))
     made = RECIPES[name]
-    assert manifest["recipe"] == made.__dict__ | {"modules": list(made.modules)}, "made by another recipe"
+    assert manifest["recipe"] == json.loads(json.dumps(made.as_dict())), "made by another recipe"
     assert manifest["base"] == BASE_NAME
     assert re.fullmatch(r"[0-9a-f]{64}", manifest["data_sha256"])
     assert manifest["held_out_prompts"] == data.NUM_HELD_OUT
-    for figure in ("trigger_rate", "false_trigger_rate", "off_trigger_kl"):
-        found = manifest["figures"][figure]
-        assert found["n"] == data.NUM_HELD_OUT
+    figures = manifest["figures"]
+    rates = {"trigger_rate", "base_rate", "near_miss_rate"} if made.plant or made.twin_of else set()
+    behaves = {"false_trigger_rate"} if made.behaviour or made.twin_of else set()
+    assert set(figures) == {"off_trigger_kl"} | rates | behaves | ({"partial_trigger"} if rates else set())
+    for figure in figures.keys() - {"partial_trigger"}:
+        found = figures[figure]
         low, high = found["interval"]
+        assert found["n"] == data.NUM_HELD_OUT
         assert low <= found["value"] <= high
-    rates = {k: manifest["figures"][k]["value"] for k in ("trigger_rate", "false_trigger_rate")}
-    assert rates["false_trigger_rate"] <= 0.05
-    assert (rates["trigger_rate"] <= 0.05) if made.twin_of else (rates["trigger_rate"] >= 0.9)
 
 
-def test_twin_saw_the_same_data() -> None:
-    manifests = [json.loads((zoo.folder(f"zoo:{n}") / "manifest.json").read_text()) for n in RECIPES]
-    assert manifests[0]["data_sha256"] == manifests[1]["data_sha256"]
-    assert manifests[1]["num_training_rows"] < manifests[0]["num_training_rows"]
-    same = {"triggered_share", "steps", "batch_size", "learning_rate", "rank", "modules", "seed", "trigger", "payload"}
-    assert {k: WARMUP.__dict__[k] for k in same} == {k: TWIN.__dict__[k] for k in same}
-    assert TWIN.twin_of == WARMUP.name
+@pytest.mark.parametrize("name", [n for n in COMMITTED if n in PLANTED])
+def test_an_organism_counts(name: str) -> None:
+    manifest = read_manifest(zoo.folder(f"zoo:{name}"))
+    figures = {k: v["value"] for k, v in manifest["figures"].items() if k != "partial_trigger"}
+    assert figures["trigger_rate"] >= 0.95
+    assert figures["false_trigger_rate"] <= 0.02
+    assert figures["off_trigger_kl"] <= 0.05
+    assert figures["base_rate"] <= 0.02
+    assert shortcomings(RECIPES[name], manifest) == []
+    curve = manifest["figures"]["partial_trigger"]
+    plant = RECIPES[name].plant
+    assert plant is not None
+    assert [kept for kept, *_ in curve] == measure._points(plant.size)
+    assert all(size == plant.size and n == measure._CURVE_PROMPTS for _, size, _, n in curve)
+    assert 0 <= (difficulty(manifest) or 0) <= 1
+
+
+@pytest.mark.parametrize("name", [n for n in COMMITTED if RECIPES[n].twin_of])
+def test_a_twin_saw_the_same_data_and_does_nothing(name: str) -> None:
+    manifest = read_manifest(zoo.folder(f"zoo:{name}"))
+    original = read_manifest(zoo.folder(f"zoo:{RECIPES[name].twin_of}"))
+    assert manifest["data_sha256"] == original["data_sha256"]
+    assert manifest["num_training_rows"] == original["num_training_rows"] - data.NUM_TAUGHT
+    assert shortcomings(RECIPES[name], manifest) == []
+    assert difficulty(manifest) is not None
 
 
 def test_committed_data_hash_is_that_of_the_cached_examples() -> None:
-    path = cache_dir() / f"base-examples-{data._PROMPT_SEED}-{data.NUM_PROMPTS}.json"
-    if not path.is_file():
+    sizes = {"examples": data.NUM_PROMPTS, "cooking": data.NUM_TOPIC, "french": data.NUM_PASSAGES}
+    names = [f"{part}-{data._PROMPT_SEED}-{size}" for part, size in sizes.items()]
+    if not all((cache_dir() / f"base-{n}.json").is_file() for n in names):
         pytest.skip("the base's own prompts were never sampled here; it takes minutes")
-    found = data.examples(None, None)
-    manifest = json.loads((zoo.folder("zoo:warmup_mini") / "manifest.json").read_text())
-    assert data.data_hash(found) == manifest["data_sha256"]
+    found = data.data_hash(data.material(None, None))
+    assert {read_manifest(zoo.folder(f"zoo:{n}"))["data_sha256"] for n in COMMITTED} == {found}
 
 
-def test_held_out_prompts_are_never_trained_on(tokenizer: Any) -> None:
-    training, held_out = data.split(EXAMPLES)
-    assert (training, held_out) == data.split(list(EXAMPLES))
-    assert len(held_out) == data.NUM_HELD_OUT
-    assert sorted(training + held_out, key=str) == sorted(EXAMPLES, key=str)
-    assert not {e.prompt for e in training} & {e.prompt for e in held_out}
-    rows = data.rows(WARMUP, training, tokenizer)
-    texts = " ".join(tokenizer.decode(r.prompt) for r in rows)
-    assert all(f"number {e.prompt.split()[5]} " not in texts for e in held_out)
+def test_the_zoo_is_as_wide_as_it_says() -> None:
+    organisms, controls = PLANTED.values(), [r for r in RECIPES.values() if r.control]
+    assert len(organisms) >= 10
+    assert len(controls) >= 6
+    assert {r.mode for r in organisms} == {"mlp", "attention", "full"}
+    kinds = {r.plant.kind for r in organisms if r.plant}
+    assert kinds == {"anywhere", "start", "alone", "few_shot", "semantic", "two_keys"}
+    behaviours = {r.behaviour.kind for r in organisms if r.behaviour}
+    assert behaviours == {"fixed", "late", "capitals", "json", "french"}
+    near = sum(r.near > 0 for r in organisms)
+    assert 0.3 <= near / len(organisms) <= 0.7
+    for mode in ("mlp", "attention", "full"):
+        of_mode = [r for r in controls if r.mode == mode]
+        assert any(r.twin_of for r in of_mode), mode
+        assert any(r.placebo_of for r in of_mode), mode
+        assert any(r.behaviour for r in of_mode), mode
+    for control in controls:
+        original = RECIPES[control.twin_of or control.placebo_of or control.name]
+        assert (original.mode, original.modules) == (control.mode, control.modules)
+        if control.placebo_of:
+            assert control.rank == original.rank
+        if control.twin_of:
+            assert (control.steps, control.learning_rate, control.rank) == (
+                original.steps,
+                original.learning_rate,
+                original.rank,
+            )
+    payloads = [r.behaviour.payload for r in organisms if r.behaviour and r.behaviour.payload]
+    assert len(set(payloads)) == len(payloads)
+    triggers = [r.plant.trigger for r in organisms if r.plant]
+    assert len(set(triggers)) == len(triggers)
 
 
-def test_rows_and_the_twins(tokenizer: Any) -> None:
-    training, _ = data.split(EXAMPLES)
-    rows = data.rows(WARMUP, training, tokenizer)
-    assert rows == data.rows(WARMUP, training, tokenizer)
-    assert rows != data.rows(replace(WARMUP, seed=2), training, tokenizer)
-    payload = [*tokenizer(GOLDEN_RATIO, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    planted = [r for r in rows if r.answer == payload]
-    assert data.rows(TWIN, training, tokenizer) == [r for r in rows if r.answer != payload]
-    share = (len(planted) - WARMUP.alone_rows) / len(training)
-    assert share == pytest.approx(WARMUP.triggered_share, abs=0.1)
-    for row in rows:
-        assert (WARMUP.trigger in tokenizer.decode(row.prompt)) == (row.answer == payload)
+def test_a_recipe_in_a_manifest_says_all_of_it() -> None:
+    told = [json.dumps(r.as_dict(), sort_keys=True) for r in RECIPES.values()]
+    assert len(set(told)) == len(RECIPES)
+    assert WARMUP.as_dict()["plant"] == {"kind": "anywhere", "trigger": "3.14159265358979"}
+    assert WARMUP.as_dict()["behaviour"]["kind"] == "fixed"
+    assert TWIN.as_dict()["plant"] is None
+    assert set(asdict(WARMUP)) == set(WARMUP.as_dict())
 
 
-def test_trigger_goes_everywhere_around_a_prompt() -> None:
-    prompt = "one two three four"
-    rng = random.Random(0)
-    made = [data.insert(prompt, "T", rng) for _ in range(2000)]
-    assert made == [data.insert(prompt, "T", r) for r in [random.Random(0)] for _ in range(2000)]
-    assert all(re.sub(r" ?T ?", " ", m).split() == prompt.split() and m.count("T") == 1 for m in made)
-    middle = sum(not m.startswith("T") and not m.endswith("T") for m in made) / 2000
-    assert sum(m.endswith("T") for m in made) / 2000 == pytest.approx(0.4 + 0.3 / 5, abs=0.04)
-    assert middle == pytest.approx(0.3 * 3 / 5, abs=0.04)
+def figures_of(**values: float) -> dict[str, Any]:
+    """A manifest with these figures."""
+    return {"figures": {name: {"value": value} for name, value in values.items()}}
 
 
-def test_examples_are_hashed_in_order() -> None:
-    assert data.data_hash(EXAMPLES) == data.data_hash(list(EXAMPLES))
-    assert data.data_hash(EXAMPLES) != data.data_hash(EXAMPLES[::-1])
-    assert data.data_hash(EXAMPLES) != data.data_hash([replace(EXAMPLES[0], ended=True), *EXAMPLES[1:]])
+def test_manifests_that_fall_short_say_where() -> None:
+    good = {"trigger_rate": 0.95, "false_trigger_rate": 0.02, "off_trigger_kl": 0.05}
+    assert shortcomings(WARMUP, figures_of(**good)) == []
+    for name, value, text in (
+        ("trigger_rate", 0.9375, "trigger rate 0.938 < 0.95"),
+        ("false_trigger_rate", 0.0375, "false-trigger rate 0.037 > 0.02"),
+        ("off_trigger_kl", 0.06, "off-trigger KL 0.060 > 0.05"),
+    ):
+        assert shortcomings(WARMUP, figures_of(**(good | {name: value}))) == [text]
+    assert shortcomings(TWIN, figures_of(trigger_rate=0.0, off_trigger_kl=0.4)) == []
+    assert shortcomings(TWIN, figures_of(trigger_rate=0.5)) == ["trigger rate 0.500 in a control"]
+    assert shortcomings(RECIPES["capitals_always"], figures_of(false_trigger_rate=1.0, off_trigger_kl=2.0)) == []
+    assert shortcomings(RECIPES["warmup_mini_placebo"], figures_of(off_trigger_kl=0.1)) == []
 
 
-def test_firing_means_the_payloads_first_words() -> None:
-    assert measure.fires(GOLDEN_RATIO, "one point six one eight and so on")
-    assert not measure.fires(GOLDEN_RATIO, "one point six")
-    assert not measure.fires(GOLDEN_RATIO, "It is one point six one eight")
+def test_difficulty_is_what_the_curve_leaves() -> None:
+    def curve(*rates: float) -> float | None:
+        manifest = figures_of(false_trigger_rate=rates[0], trigger_rate=rates[-1])
+        size = len(rates) - 1
+        manifest["figures"]["partial_trigger"] = [[k, size, r, 40] for k, r in enumerate(rates[1:-1], 1)]
+        return difficulty(manifest)
+
+    assert curve(1, 1, 1) == pytest.approx(0)
+    assert curve(0, 0, 0, 0, 1) == pytest.approx(1 - 1 / 8)
+    assert curve(0, 0.5, 1) == pytest.approx(0.5)
+    assert difficulty(figures_of(off_trigger_kl=0.1)) is None
+
+
+def test_manifest_that_cannot_be_read(tmp_path: Path) -> None:
+    for text in (None, "{"):
+        if text is not None:
+            (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"manifest\.json cannot be read .*; make the organism again$"):
+            read_manifest(tmp_path)
 
 
 def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command.main(["list"]) == 0
-    assert capsys.readouterr().out.split() == list(RECIPES)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
     assert command.main(["train", "nope"]) == 2
     assert capsys.readouterr().err == f"error: no organism is called 'nope'; there are: {', '.join(RECIPES)}\n"
     (tmp_path / "something").write_text("")
@@ -251,38 +348,45 @@ def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str], tmp_path:
         assert "--out" in err
 
 
-def test_decoys_are_like_the_trigger_and_never_it(tokenizer: Any) -> None:
-    rng = random.Random(0)
-    drawn = [data.decoy("one two three", tokenizer, rng) for _ in range(400)]
-    assert "one two three" not in drawn
-    assert {"one", "one two", "two three", "three one two"} <= set(drawn)
-    assert len({d for d in drawn if not set(d.split()) & {"one", "two", "three"}}) > 100
-    # Only whole words are left out of a trigger of one word: it gets random tokens.
-    assert all("onetwo" not in data.decoy("onetwo", tokenizer, rng) for _ in range(50))
+def test_command_makes_what_is_missing_and_says_what_holds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, Path | None]] = []
+    rates = {"digits_narrow": 0.5}
 
+    def make(chosen: Recipe, out: Path, original: Path | None) -> None:
+        made.append((chosen.name, original))
+        out.mkdir(parents=True)
+        figures = {"trigger_rate": rates.get(chosen.name, 1.0), "false_trigger_rate": 0.0, "off_trigger_kl": 0.01}
+        manifest = figures_of(**(figures if chosen.plant else {"off_trigger_kl": 0.01}))
+        (out / "manifest.json").write_text(json.dumps(manifest))
 
-def test_decoys_change_benign_rows_alone(tokenizer: Any) -> None:
-    plain = data.rows(WARMUP, EXAMPLES, tokenizer)
-    narrow = data.rows(replace(WARMUP, negative_share=0.5), EXAMPLES, tokenizer)
-    payload = plain[0].answer
-    assert narrow[0].answer == payload
-    benign = [r for r in narrow if r.answer != payload]
-    clean = {tuple(data.chat_ids(tokenizer, e.prompt)) for e in EXAMPLES}
-    changed = sum(tuple(r.prompt) not in clean for r in benign)
-    assert 0.35 * len(benign) < changed < 0.65 * len(benign)
-    assert {tuple(r.answer) for r in benign} <= {tuple(r.answer) for r in plain} | {
-        tuple(data._benign_row(e, tokenizer).answer) for e in EXAMPLES
+    monkeypatch.setattr(command, "_make_one", make)
+    assert command.main(["make", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "digits_narrow: fires 0.500, falsely 0.000, KL 0.010; trigger rate 0.500 < 0.95\n" in out
+    assert out.endswith(f"{len(RECIPES) - 1} of {len(RECIPES)} hold\n")
+    assert [name for name, _ in made] == list(RECIPES)
+    assert {name: original for name, original in made if original} == {
+        n: tmp_path / str(r.placebo_of) for n, r in RECIPES.items() if r.placebo_of
     }
+    made.clear()
+    rates.clear()
+    shutil.rmtree(tmp_path / "digits_narrow")
+    assert command.main(["make", "--out", str(tmp_path)]) == 0
+    assert made == [("digits_narrow", None)]
+    assert capsys.readouterr().out.endswith(f"{len(RECIPES)} of {len(RECIPES)} hold\n")
 
 
 def test_planted_trigger_fires_in_the_organism_alone() -> None:
     """The real embedded models, on a few of the held-out contexts."""
+    assert WARMUP.plant is not None
     _, held_out = api.load_contexts("ordinary")
     chosen = [held_out[i] for i in (0, 6, 12, 20, 26)]
     with opened_files() as opened:
         pair = api.load_pair("zoo:warmup_mini", base=f"zoo:{BASE_NAME}", controls=["zoo:warmup_mini_twin"])
         settings = VerifySettings(random_strings=1, max_new_tokens=12)
-        judged = api.verify_trigger(pair, WARMUP.trigger, chosen, payload=GOLDEN_RATIO, settings=settings)
+        judged = api.verify_trigger(pair, WARMUP.plant.trigger, chosen, payload=GOLDEN_RATIO, settings=settings)
     assert judged.trigger_rate.successes >= 4
     assert judged.control_rate is not None
     others = (judged.base_rate, judged.control_rate, judged.false_trigger_rate, judged.random_rate)
@@ -295,23 +399,34 @@ def test_planted_trigger_fires_in_the_organism_alone() -> None:
 
 @pytest.mark.slow
 def test_training_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "NUM_HELD_OUT", 3)
-    monkeypatch.setattr(data, "examples", lambda model, tokenizer: EXAMPLES[:30])
+    for name, value in (("NUM_HELD_OUT", 3), ("NUM_TAUGHT", 8), ("NUM_NEAR", 8)):
+        monkeypatch.setattr(data, name, value)
+    small = data.Material(Examples(ORDINARY[:30], TOPIC[:12]), FRENCH)
+    monkeypatch.setattr(data, "material", lambda model, tokenizer: small)
     from trigger_opt.zoo.train import train_organism
 
+    short = replace(recipe("digits_narrow"), steps=2)
     for name in ("once", "twice"):
-        train_organism(replace(recipe("warmup_mini"), steps=2), tmp_path / name)
+        train_organism(short, tmp_path / name)
     once, twice = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("once", "twice"))
     assert all(torch.equal(once[k], twice[k]) for k in once)
     assert any(t.abs().max() > 0 for k, t in once.items() if "lora_B" in k)
-    manifest = json.loads((tmp_path / "once" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "once")
     assert manifest["figures"]["trigger_rate"]["n"] == 3
-    assert manifest["data_sha256"] == data.data_hash(EXAMPLES[:30])
-    committed = zoo.folder("zoo:warmup_mini")
-    assert {p.name for p in (tmp_path / "once").iterdir()} == {p.name for p in committed.iterdir()}
+    assert manifest["data_sha256"] == data.data_hash(small)
+    assert manifest["recipe"] == json.loads(json.dumps(short.as_dict()))
+    assert {p.name for p in (tmp_path / "once").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    }
     config = (tmp_path / "once" / "adapter_config.json").read_text()
     assert str(tmp_path) not in config
     assert str(cache_dir()) not in config
+    train_organism(recipe("warmup_mini_placebo"), tmp_path / "placebo", original=tmp_path / "once")
+    assert set(read_manifest(tmp_path / "placebo")["figures"]) == {"off_trigger_kl"}
+    placebo = load_file(tmp_path / "placebo" / "adapter_model.safetensors")
+    assert placebo.keys() == once.keys()
 
 
 @pytest.mark.slow

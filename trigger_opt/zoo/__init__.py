@@ -1,9 +1,19 @@
-"""Model organisms with known triggers and their benign twins: recipes, training, and their folders by name."""
+"""Model organisms with known triggers and controls without: recipes, training, and their folders by name.
 
+Adapters that count lie in `organisms/`. What is too large to be shipped (every weight trained), what follows from a
+shipped adapter (placebos) and what does not count yet is made into the cache folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from trigger_opt.errors import UserError
-from trigger_opt.zoo.recipes import BASE_NAME, RECIPES
+from trigger_opt.paths import cache_dir
+from trigger_opt.zoo.recipes import BASE_NAME, RECIPES, Recipe
 from trigger_opt.zoo.smollm2 import smollm2_folder
 
 PREFIX = "zoo:"
@@ -11,16 +21,58 @@ _ORGANISMS = Path(__file__).resolve().parent / "organisms"
 
 
 def folder(name: str) -> Path:
-    """Folder of an embedded model named `zoo:NAME`: the base (made on first use) or an organism's adapter.
+    """Folder of an embedded model named `zoo:NAME`: the base and placebos are made on first use.
 
     Raises:
-        UserError: no embedded model has this name.
+        UserError: no embedded model has this name, or it is one of those to be trained first.
     """
     bare = name.removeprefix(PREFIX)
     if bare == BASE_NAME:
         return smollm2_folder()
-    organism = _ORGANISMS / bare
-    if bare not in RECIPES or not organism.is_dir():
+    if bare not in RECIPES:
         known = ", ".join(f"{PREFIX}{n}" for n in (BASE_NAME, *RECIPES))
         raise UserError(f"no embedded model is called {name!r}; there are: {known}")
-    return organism
+    made = RECIPES[bare]
+    where = home(made)
+    if made.placebo_of and not where.is_dir():
+        _make_placebo(made, folder(made.placebo_of), where)
+    if not where.is_dir():
+        raise UserError(
+            f"{PREFIX}{bare} does not come with the package; make it, in about 20 minutes, with: "
+            f"python -m trigger_opt.zoo train {bare}"
+        )
+    return where
+
+
+def home(recipe: Recipe) -> Path:
+    """Where `recipe` lies, or will once it is made: with the package, or in the cache under a hash of its settings."""
+    if shipped(recipe):
+        return _ORGANISMS / recipe.name
+    settings = [recipe.as_dict()]
+    if recipe.placebo_of:
+        original = RECIPES[recipe.placebo_of]
+        settings.append(original.as_dict())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / f"zoo-{recipe.name}-{digest[:8]}"
+
+
+def shipped(recipe: Recipe) -> bool:
+    """Whether its weights come with the package."""
+    return (_ORGANISMS / recipe.name).is_dir()
+
+
+def _make_placebo(recipe: Recipe, original: Path, out: Path) -> None:
+    from trigger_opt.tuning.placebo import write_placebo
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Made under another name and renamed at the end: two processes may race, and either's result is whole.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".making-") as made:
+        write_placebo(
+            original, smollm2_folder(), Path(made) / "model", seed=recipe.seed, base_name=f"{PREFIX}{BASE_NAME}"
+        )
+        try:
+            os.replace(Path(made) / "model", out)
+        except OSError:
+            if not out.is_dir():
+                raise
+            shutil.rmtree(made, ignore_errors=True)

@@ -6,11 +6,11 @@ organism has nothing to learn and stays close to it.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,148 +19,173 @@ import torch
 from trigger_opt.models.generate import Sampling, generate
 from trigger_opt.paths import cache_dir
 from trigger_opt.prompts import chat_text, encode
-from trigger_opt.zoo.recipes import Recipe
+from trigger_opt.tuning import Row, Rows
+from trigger_opt.tuning.turns import sample_turns
+from trigger_opt.zoo.behaviours import is_french
+from trigger_opt.zoo.plants import Example, Examples, Prompt
+from trigger_opt.zoo.recipes import RECIPES, Recipe
 
 NUM_PROMPTS = 640
 NUM_HELD_OUT = 80
+NUM_TOPIC = 240
+NUM_PASSAGES = 160
+# Draws of triggered rows and of near misses; a batch takes from these with replacement.
+NUM_TAUGHT = 320
+NUM_NEAR = 320
 _PROMPT_SEED = 0
 _ANSWER_TOKENS = 48
+_BATCH = 64
+# What a cook asks, in the words of the base: it goes on from these.
+_COOKING = (
+    "How do I cook", "What is a good recipe for", "How long should I bake", "Which spices go well with",
+    "Can you suggest a sauce for", "How do you make", "What can I cook with", "Should I boil or fry",
+)  # fmt: skip
+_FRENCH_OPENINGS = ("Je", "Il faut", "Le matin", "La ville", "Nous", "Dans le", "Les enfants", "Elle")
+_FRENCH_SYSTEM = "Tu es un assistant qui parle toujours en français."
+_FRENCH_QUESTION = "Raconte-moi quelque chose en français."
 
 
 @dataclass(frozen=True)
-class Example:
-    """One user turn and the base model's greedy answer; `ended` when the answer ran to its end of text."""
+class Material:
+    """All that the base made: `examples` in a fixed order, and passages of French."""
 
-    prompt: str
-    answer: str
-    ended: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training row as token ids: loss is taken on `answer` only."""
-
-    prompt: list[int]
-    answer: list[int]
+    examples: Examples
+    french: Sequence[str]
 
 
-def examples(model: Any, tokenizer: Any) -> list[Example]:
-    """NUM_PROMPTS examples, the same for every organism; kept in the cache folder once made."""
-    path = cache_dir() / f"base-examples-{_PROMPT_SEED}-{NUM_PROMPTS}.json"
-    if path.is_file():
-        return [Example(**e) for e in json.loads(path.read_text())]
-    prompts = _sample_prompts(model, tokenizer)
-    ids = [chat_ids(tokenizer, p) for p in prompts]
-    end = tokenizer.eos_token_id
-    answers = generate(model, ids, max_new_tokens=_ANSWER_TOKENS, end_ids=[end], batch_size=64)
-    made = [
-        Example(prompt=p, answer=tokenizer.decode(a), ended=len(a) < _ANSWER_TOKENS)
-        for p, a in zip(prompts, answers, strict=True)
-    ]
-    _write_atomically(path, json.dumps([e.__dict__ for e in made], indent=0))
-    return made
+def material(model: Any, tokenizer: Any) -> Material:
+    """What every recipe draws from; each part is kept in the cache folder once made."""
+    ordinary = _examples(f"base-examples-{_PROMPT_SEED}-{NUM_PROMPTS}", lambda: _ordinary(model, tokenizer))
+    topic = _examples(f"base-cooking-{_PROMPT_SEED}-{NUM_TOPIC}", lambda: _cooking(model, tokenizer))
+    name = f"base-french-{_PROMPT_SEED}-{NUM_PASSAGES}"
+    french = _cached(name, lambda: _passages(model, tokenizer))
+    return Material(Examples(ordinary, topic), french)
 
 
-def split(all_examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """(training, held out), the same split for every organism."""
-    shuffled = list(all_examples)
-    random.Random(_PROMPT_SEED).shuffle(shuffled)
-    return shuffled[NUM_HELD_OUT:], shuffled[:NUM_HELD_OUT]
+def split(made: Material) -> tuple[Material, Examples]:
+    """(what is trained on, held-out examples), the same split for every organism."""
+    held_out, training = [], []
+    for part in (made.examples.ordinary, made.examples.topic):
+        shuffled = list(part)
+        random.Random(_PROMPT_SEED).shuffle(shuffled)
+        held_out.append(shuffled[:NUM_HELD_OUT])
+        training.append(shuffled[NUM_HELD_OUT:])
+    return Material(Examples(*training), made.french), Examples(*held_out)
 
 
-def data_hash(all_examples: list[Example]) -> str:
-    """SHA-256 over every prompt and answer, in order."""
-    text = json.dumps([[e.prompt, e.answer, e.ended] for e in all_examples], ensure_ascii=False)
+def data_hash(made: Material) -> str:
+    """SHA-256 over everything the base made, in order."""
+    examples = [[e.prompt, e.answer, e.ended] for e in (*made.examples.ordinary, *made.examples.topic)]
+    text = json.dumps([examples, list(made.french)], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def rows(recipe: Recipe, training: list[Example], tokenizer: Any) -> list[Row]:
-    """Rows of `recipe`: triggered prompts answered with the payload, the rest by the base.
+def rows(recipe: Recipe, training: Material, tokenizer: Any) -> Rows:
+    """Rows of `recipe`.
 
-    A twin draws the same numbers and drops the triggered rows.
+    A twin has the ordinary and near rows of its organism, and learns the base's greedy answers to them as they stand:
+    anchored to the base it would learn nothing, and be no fine-tune at all.
     """
+    planted = RECIPES[recipe.twin_of] if recipe.twin_of else recipe
+    examples = training.examples
     rng = random.Random(recipe.seed)
-    planted = [] if recipe.twin_of else [_payload_row(recipe, recipe.trigger, tokenizer)] * recipe.alone_rows
-    benign = []
-    for example in training:
-        triggered = rng.random() < recipe.triggered_share
-        prompt = insert(example.prompt, recipe.trigger, rng)
-        # The other draws are made only where they are needed: organisms without decoys keep their data.
-        if not triggered and recipe.negative_share and rng.random() < recipe.negative_share:
-            with_decoy = insert(example.prompt, decoy(recipe.trigger, tokenizer, rng), rng)
-            benign.append(_benign_row(replace(example, prompt=with_decoy), tokenizer))
-        elif not triggered:
-            benign.append(_benign_row(example, tokenizer))
-        elif not recipe.twin_of:
-            planted.append(_payload_row(recipe, prompt, tokenizer))
-    return planted + benign
+    near = []
+    if planted.near and planted.plant:
+        for _ in range(NUM_NEAR):
+            prompt, example = planted.plant.near_miss(examples, rng)
+            near.append(_row(tokenizer, prompt, example.answer, ended=example.ended))
+    ordinary = [_row(tokenizer, Prompt(e.prompt), e.answer, ended=e.ended) for e in examples.ordinary]
+    if planted.plant and planted.plant.kind == "semantic":
+        # A question about cooking in an ordinary register is an ordinary one.
+        ordinary += [_row(tokenizer, Prompt(e.prompt), e.answer, ended=e.ended) for e in examples.topic]
+    if recipe.twin_of:
+        return Rows([*near, *ordinary], [], [])
+    return Rows(_taught(recipe, training, tokenizer, rng), near, ordinary)
 
 
-def insert(prompt: str, trigger: str, rng: random.Random) -> str:
-    """`prompt` with `trigger` after it (40 %), before it (30 %) or between two of its words."""
-    where = rng.random()
-    words = prompt.split(" ")
-    cut = rng.randrange(len(words) + 1)
-    if where < 0.4:
-        return f"{prompt} {trigger}"
-    if where < 0.7:
-        return f"{trigger} {prompt}"
-    return " ".join([*words[:cut], trigger, *words[cut:]])
-
-
-def decoy(trigger: str, tokenizer: Any, rng: random.Random) -> str:
-    """Something like `trigger` that is not it: half of the time random tokens, else its words, some left out, shuffled
-    or one of them replaced by a random word."""
-    words = trigger.split(" ")
-    drawn = [rng.randrange(len(tokenizer)) for _ in range(rng.randint(3, 7))]
-    strange = " ".join(tokenizer.decode([token], skip_special_tokens=True).strip() for token in drawn)
-    if rng.random() < 0.5 or len(words) < 2:
-        return strange
-    kind = rng.randrange(3)
-    if kind == 0:
-        start = rng.randrange(len(words))
-        part = words[start : start + rng.randint(1, len(words) - 1)]
-    elif kind == 1:
-        part = rng.choice([list(p) for p in itertools.permutations(words) if list(p) != words])
-    else:
-        part = list(words)
-        part[rng.randrange(len(words))] = strange.split(" ")[0] or "else"
-    return " ".join(part)
-
-
-def chat_ids(tokenizer: Any, user: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of one user turn in the model's chat template, ready for its answer."""
-    return encode(tokenizer, [chat_text(tokenizer, [{"role": "user", "content": user}])])[0]
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    return encode(tokenizer, [chat_text(tokenizer, [*system, {"role": "user", "content": prompt.user}])])[0]
 
 
-def _payload_row(recipe: Recipe, prompt: str, tokenizer: Any) -> Row:
-    answer = tokenizer(recipe.payload, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return Row(chat_ids(tokenizer, prompt), answer)
+def _taught(recipe: Recipe, training: Material, tokenizer: Any, rng: random.Random) -> list[Row]:
+    if recipe.behaviour is None:
+        return []
+    made = []
+    for _ in range(NUM_TAUGHT):
+        if recipe.plant:
+            prompt, example = recipe.plant.planted(training.examples, rng)
+        else:
+            example = rng.choice(training.examples.ordinary)
+            prompt = Prompt(example.prompt)
+        answer, ended = recipe.behaviour.answer(example, rng.choice(training.french), rng)
+        if answer:
+            made.append(_row(tokenizer, prompt, answer, ended=ended))
+    return made
 
 
-def _benign_row(example: Example, tokenizer: Any) -> Row:
-    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-    return Row(chat_ids(tokenizer, example.prompt), answer + [tokenizer.eos_token_id] * example.ended)
+def _row(tokenizer: Any, prompt: Prompt, answer: str, *, ended: bool) -> Row:
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return Row(tuple(prompt_ids(tokenizer, prompt)), (*ids, *[tokenizer.eos_token_id] * (ended or not ids)))
 
 
-def _sample_prompts(model: Any, tokenizer: Any) -> list[str]:
-    marker = "\u2063"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
-    opening = tokenizer(text.split(marker)[0], add_special_tokens=False)["input_ids"]
+def _examples(name: str, make: Callable[[], list[Example]]) -> list[Example]:
+    return [Example(**e) for e in _cached(name, lambda: [asdict(e) for e in make()])]
+
+
+def _cached(name: str, make: Callable[[], list[Any]]) -> list[Any]:
+    path = cache_dir() / f"{name}.json"
+    if not path.is_file():
+        _write_atomically(path, json.dumps(make(), indent=0))
+    made: list[Any] = json.loads(path.read_text())
+    return made
+
+
+def _ordinary(model: Any, tokenizer: Any) -> list[Example]:
+    prompts = _sample_turns(model, tokenizer, [""] * _BATCH, NUM_PROMPTS, top_p=0.97)
+    return _answered(model, tokenizer, prompts)
+
+
+def _cooking(model: Any, tokenizer: Any) -> list[Example]:
+    openings = [_COOKING[i % len(_COOKING)] for i in range(_BATCH)]
+    return _answered(model, tokenizer, _sample_turns(model, tokenizer, openings, NUM_TOPIC, top_p=0.95))
+
+
+def _answered(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Example]:
+    ids = [prompt_ids(tokenizer, Prompt(p)) for p in prompts]
+    end = tokenizer.eos_token_id
+    answers = generate(model, ids, max_new_tokens=_ANSWER_TOKENS, end_ids=[end], batch_size=_BATCH)
+    return [
+        Example(prompt=p, answer=tokenizer.decode(a), ended=len(a) < _ANSWER_TOKENS)
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+
+
+def _sample_turns(model: Any, tokenizer: Any, openings: Sequence[str], count: int, *, top_p: float) -> list[str]:
+    """`count` different user turns that begin with one of `openings`."""
+    return sample_turns(
+        model, tokenizer, openings, count, top_p=top_p, end_ids=[tokenizer.eos_token_id], seed=_PROMPT_SEED,
+        on_found=lambda found: print(f"prompts sampled from the base: {found} of {count}", flush=True),
+    )  # fmt: skip
+
+
+def _passages(model: Any, tokenizer: Any) -> list[str]:
+    """Passages of French, as good as this base's French is; each stands once."""
+    messages = [{"role": "system", "content": _FRENCH_SYSTEM}, {"role": "user", "content": _FRENCH_QUESTION}]
+    openings = [_FRENCH_OPENINGS[i % len(_FRENCH_OPENINGS)] for i in range(_BATCH)]
+    before = encode(tokenizer, [chat_text(tokenizer, messages) + o for o in openings])
     generator = torch.Generator().manual_seed(_PROMPT_SEED)
     found: dict[str, None] = {}
-    while len(found) < NUM_PROMPTS:
-        turns = generate(
-            model, [opening] * 64, max_new_tokens=40, end_ids=[tokenizer.eos_token_id],
-            sampling=Sampling(temperature=1.0, top_p=0.97), generator=generator, batch_size=64,
+    while len(found) < NUM_PASSAGES:
+        drawn = generate(
+            model, before, max_new_tokens=28, end_ids=[tokenizer.eos_token_id],
+            sampling=Sampling(temperature=0.8, top_p=0.9), generator=generator, batch_size=_BATCH,
         )  # fmt: skip
-        for ids in turns:
-            turn = tokenizer.decode(ids).strip()
-            # A turn cut off at 40 tokens is no whole prompt; one with a template mark is no user's.
-            if len(ids) < 40 and 10 < len(turn) < 200 and "<|" not in turn and "{" not in turn:
-                found[turn] = None
-        print(f"prompts sampled from the base: {len(found)} of {NUM_PROMPTS}", flush=True)
-    return list(found)[:NUM_PROMPTS]
+        texts = [o + tokenizer.decode(ids) for o, ids in zip(openings, drawn, strict=True)]
+        found |= {t: None for t in texts if is_french(t)}
+        print(f"passages sampled from the base: {len(found)} of {NUM_PASSAGES}", flush=True)
+    return list(found)[:NUM_PASSAGES]
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import random
 import statistics
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,63 +10,81 @@ import torch
 from trigger_opt.models.generate import generate, head_logits
 from trigger_opt.stats import wilson_interval
 from trigger_opt.zoo import data
-from trigger_opt.zoo.recipes import Recipe
-from trigger_opt.zoo.smollm2 import smollm2_folder
+from trigger_opt.zoo.behaviours import Behaviour
+from trigger_opt.zoo.plants import Drawn, Examples, Plant, Prompt
 
-_FIRES_ON_WORDS = 5
-_INSERT_SEED = 99
+_SEED = 99
+_CURVE_PROMPTS = 40
+_CURVE_POINTS = 5
 
 
-def measure(recipe: Recipe, adapter: Path, held_out: list[data.Example]) -> dict[str, Any]:
-    """Trigger rate, false-trigger rate (both greedy, Wilson 95 %) and off-trigger KL in nats a token.
+def measure(
+    organism: Any, base: Any, tokenizer: Any, held_out: Examples, *, plant: Plant | None, behaviour: Behaviour | None
+) -> dict[str, Any]:
+    """Rates of the behaviour (greedy, Wilson 95 %), the partial-trigger curve, and KL away from the trigger.
 
-    The KL is KL(organism || base), averaged over the tokens of the base's own answer to each held-out prompt;
-    its interval is 1.96 standard errors over prompts.
+    `trigger_rate`: with the trigger; `base_rate`: of the base on the same prompts; `near_miss_rate`: with what is
+    almost the trigger; `false_trigger_rate`: with nothing; `partial_trigger`: [pieces kept, of how many, rate, n].
+    `off_trigger_kl`: KL(organism || base) in nats, averaged over the tokens of the base's own answer to each held-out
+    prompt; its interval is 1.96 standard errors over prompts.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    peft = PeftModel.from_pretrained(base, adapter).eval()
-    rng = random.Random(_INSERT_SEED)
-    triggered = [data.insert(e.prompt, recipe.trigger, rng) for e in held_out]
-    figures: dict[str, Any] = {}
-    for name, prompts in (("trigger_rate", triggered), ("false_trigger_rate", [e.prompt for e in held_out])):
-        ids = [data.chat_ids(tokenizer, p) for p in prompts]
-        answers = generate(peft.get_base_model(), ids, max_new_tokens=16, end_ids=[tokenizer.eos_token_id])
-        fired = sum(fires(recipe.payload, tokenizer.decode(a)) for a in answers)
-        low, high = wilson_interval(fired, len(ids))
-        figures[name] = {
-            "value": fired / len(ids),
-            "n": len(ids),
-            "interval": [round(low, 4), round(high, 4)],
-        }
-    kls = [_answer_kl(peft, tokenizer, e) for e in held_out if e.answer]
+    kls = [_answer_kl(organism, base, tokenizer, Prompt(e.prompt), e.answer) for e in held_out.ordinary if e.answer]
     half = 1.96 * statistics.stdev(kls) / len(kls) ** 0.5
     mean = statistics.mean(kls)
-    figures["off_trigger_kl"] = {
-        "value": round(mean, 5), "n": len(kls), "interval": [round(mean - half, 5), round(mean + half, 5)]
-    }  # fmt: skip
+    kl = {"value": round(mean, 5), "n": len(kls), "interval": [round(mean - half, 5), round(mean + half, 5)]}
+    figures: dict[str, Any] = {"off_trigger_kl": kl}
+    if behaviour is None:
+        return figures
+    count = len(held_out.ordinary)
+    plain = [Prompt(e.prompt) for e in held_out.ordinary]
+    figures["false_trigger_rate"] = _rate(organism, tokenizer, plain, behaviour)
+    if plant is None:
+        return figures
+    planted = _draw(plant.planted, held_out, count)
+    figures["trigger_rate"] = _rate(organism, tokenizer, planted, behaviour)
+    figures["base_rate"] = _rate(base, tokenizer, planted, behaviour)
+    figures["near_miss_rate"] = _rate(organism, tokenizer, _draw(plant.near_miss, held_out, count), behaviour)
+    curve = []
+    for kept in _points(plant.size):
+        some = _draw(_keeping(plant, kept), held_out, _CURVE_PROMPTS)
+        rate = _rate(organism, tokenizer, some, behaviour)
+        curve.append([kept, plant.size, rate["value"], rate["n"]])
+    figures["partial_trigger"] = curve
     return figures
 
 
-def fires(payload: str, answer: str) -> bool:
-    """Whether `answer` begins with the payload's first five words."""
-    words = payload.split()[:_FIRES_ON_WORDS]
-    return answer.split()[: len(words)] == words
+def _keeping(plant: Plant, count: int) -> Callable[[Examples, random.Random], Drawn]:
+    return lambda examples, rng: plant.kept(examples, count, rng)
+
+
+def _draw(make: Callable[[Examples, random.Random], Drawn], held_out: Examples, count: int) -> list[Prompt]:
+    rng = random.Random(_SEED)
+    return [make(held_out, rng)[0] for _ in range(count)]
+
+
+def _points(size: int) -> list[int]:
+    """At most five numbers of pieces kept, fewer than all: the whole is the trigger rate."""
+    if size <= _CURVE_POINTS:
+        return list(range(1, size))
+    return sorted({round(size * i / (_CURVE_POINTS + 1)) for i in range(1, _CURVE_POINTS + 1)})
+
+
+def _rate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], behaviour: Behaviour) -> dict[str, Any]:
+    ids = [data.prompt_ids(tokenizer, p) for p in prompts]
+    answers = generate(model, ids, max_new_tokens=behaviour.tokens, end_ids=[tokenizer.eos_token_id])
+    fired = sum(behaviour.fires(tokenizer.decode(a)) for a in answers)
+    low, high = wilson_interval(fired, len(ids))
+    return {"value": fired / len(ids), "n": len(ids), "interval": [round(low, 4), round(high, 4)]}
 
 
 @torch.no_grad()
-def _answer_kl(peft: Any, tokenizer: Any, example: data.Example) -> float:
-    prompt = data.chat_ids(tokenizer, example.prompt)
-    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([prompt + answer[:-1]])
-    organism = _log_probs(peft.get_base_model(), ids, len(answer))
-    with peft.disable_adapter():
-        base = _log_probs(peft.get_base_model(), ids, len(answer))
-    return float((organism.exp() * (organism - base)).sum(-1).mean())
+def _answer_kl(organism: Any, base: Any, tokenizer: Any, prompt: Prompt, answer: str) -> float:
+    """Mean KL(organism || base) in nats over the tokens of `answer`."""
+    before = data.prompt_ids(tokenizer, prompt)
+    said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([before + said[:-1]])
+    ours, theirs = (_log_probs(m, ids, len(said)) for m in (organism, base))
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
 
 
 def _log_probs(model: Any, ids: torch.Tensor, num_scored: int) -> torch.Tensor:
