@@ -25,6 +25,12 @@ def _same_random_state() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _own_data_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's ledgers, or another test's."""
+    monkeypatch.setenv("TRIGGER_OPT_DATA", str(tmp_path_factory.mktemp("data")))
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Two threads: then passes run in two lanes."""

@@ -18,6 +18,7 @@ from trigger_opt.config import (
     SEARCHES,
     STAGES,
     ModelConfig,
+    NullConfig,
     RunConfig,
     register,
     register_resolvers,
@@ -58,7 +59,8 @@ def test_defaults_are_those_of_the_classes() -> None:
     assert run.hypotheses == HypothesisSettings()
     assert run.tokens == TokenPolicy()
     assert run.verify == VerifySettings()
-    assert run.stages == [s for s in STAGES if s != "transfer"]
+    assert run.stages == [s for s in STAGES if s not in ("null", "transfer")]
+    assert run.null == NullConfig()
     assert isinstance(run.model, ModelConfig)
 
 

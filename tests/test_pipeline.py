@@ -35,7 +35,9 @@ from trigger_opt.run_folder import STAGE_FILES
 from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
-WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage]]
+# Of a string that fires, and of strings that an earlier run refuted.
+NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl"}
+WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage] if name not in NOT_ALWAYS]
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +188,7 @@ def test_later_stages_again(cli: CommandLine, tiny: TinyPair, finished: Path) ->
     assert done.code == 0, done.err
     after = contents(finished)
     for stage in ("verify", "report"):
-        for name in STAGE_FILES[stage]:
+        for name in set(STAGE_FILES[stage]) - NOT_ALWAYS:
             assert after[f"{name}.old-1"] == before[name]
     assert after["candidates.jsonl"] == before["candidates.jsonl"]
     assert json.loads(after["verdict.json"])["seed"] == 9
@@ -402,7 +404,21 @@ def test_offline_wandb_holds_the_run(cli: CommandLine, tiny: TinyPair, tmp_path:
     )
 
 
-BLIND = ["search", "verify", "report", "hypotheses", "stages.py", "pipeline.py", "planning.py", "scoring", "models"]
+BLIND = [
+    "search",
+    "verify",
+    "null",
+    "report",
+    "hypotheses",
+    "stages.py",
+    "pipeline.py",
+    "planning.py",
+    "scoring",
+    "models",
+    "candidates",
+    "contrast",
+    "earlier.py",
+]
 
 
 @pytest.mark.parametrize("part", BLIND)

@@ -330,6 +330,7 @@ def test_sections_stand_in_order(tmp_path: Path) -> None:
     assert titles == [
         "Answers side by side",
         "Context by context",
+        "Held against a null",
         "Score during the search",
         "What the fine-tuned model wants to say",
         "What was tried, and what refuted it",
@@ -337,7 +338,7 @@ def test_sections_stand_in_order(tmp_path: Path) -> None:
         "How this was made",
     ]
     shorter = [t for t in titles if f"## {t}\n" in markdown]
-    assert shorter == [titles[0], titles[3], titles[4], titles[6]]
+    assert shorter == [titles[0], titles[2], titles[4], titles[5], titles[7]]
 
 
 def test_page_is_well_formed_and_deterministic(tmp_path: Path) -> None:
@@ -784,8 +785,9 @@ def test_nothing_to_send_is_said(tmp_path: Path) -> None:
 def test_other_models_follow_the_judged_answers(tmp_path: Path) -> None:
     html, markdown = report(write_transfer(tmp_path, three_models(), remote_answers()))
     titles = re.findall("<h2>(.*?)</h2>", html)
-    assert titles[1:4] == ["Context by context", "Other models", "Score during the search"]
-    assert re.findall("^## (.*)$", markdown, re.MULTILINE)[:2] == ["Answers side by side", "Other models"]
+    assert titles[1:5] == ["Context by context", "Held against a null", "Other models", "Score during the search"]
+    told = ["Answers side by side", "Held against a null", "Other models"]
+    assert re.findall("^## (.*)$", markdown, re.MULTILINE)[:3] == told
     assert Page(html).problems == []
     assert report(tmp_path) == (html, markdown)
 

@@ -16,7 +16,13 @@ from typing import Annotated, Any
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    KeyValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from trigger_opt.errors import UserError
@@ -29,9 +35,9 @@ from trigger_opt.tokens import TokenPolicy
 from trigger_opt.transfer.settings import TransferSettings, model_names, stand_ins
 from trigger_opt.verify import VerifySettings, payload_words
 
-STAGES = ("diff", "hypotheses", "search", "verify", "transfer", "report")
-# Without those that ask servers: they are asked for by name.
-LOCAL_STAGES = tuple(s for s in STAGES if s != "transfer")
+STAGES = ("diff", "hypotheses", "search", "verify", "null", "transfer", "report")
+# Without those that ask servers, or cost a search for each control: they are asked for by name.
+LOCAL_STAGES = tuple(s for s in STAGES if s not in ("null", "transfer"))
 _HIDDEN = "(hidden)"
 SEARCHES: dict[str, type[Any]] = {"gcg": GCG, "random": RandomSearch}
 OBJECTIVES: dict[str, type[Any]] = {
@@ -84,6 +90,36 @@ class ContextsConfig:
 
 
 @dataclass(kw_only=True)
+class CandidatesConfig:
+    """The ledger of what was tried on each pair.
+
+    Attributes:
+        keep: write down what becomes of every string, and verify none again that it holds as refuted under the same
+            contexts and rule.
+        ledger: SQLite file; by default the user's own, for all runs.
+    """
+
+    keep: bool = True
+    ledger: str | None = None
+
+
+@dataclass(kw_only=True)
+class NullConfig:
+    """The controls on which the stage null repeats the search, beside model.controls.
+
+    Attributes:
+        placebos: models with the fine-tuned model's weight change, its directions shuffled.
+        distilled: the base, trained towards the fine-tuned model's answers to ordinary prompts.
+        distil_steps, distil_prompts: of that training; a fifth of the prompts is measured on.
+    """
+
+    placebos: Annotated[int, Field(ge=0)] = 2
+    distilled: bool = True
+    distil_steps: Annotated[int, Field(ge=1)] = 150
+    distil_prompts: Annotated[int, Field(ge=10)] = 160
+
+
+@dataclass(kw_only=True)
 class TrackingConfig:
     """Where numbers go besides metrics.jsonl: W&B offline (default), online, or off."""
 
@@ -99,7 +135,8 @@ class RunConfig:
 
     Attributes:
         name: of the experiment. seed: of every random draw.
-        stages: which of diff, hypotheses, search, verify, transfer, report to run, in this order; all but transfer.
+        stages: which of diff, hypotheses, search, verify, null, transfer, report to run, in this order; all but null
+            and transfer.
         run_dir: an existing run folder to go on in, or a new one; by default a fresh one under runs/.
         payload: a payload you already suspect; searched before any hypothesis found.
         max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds and
@@ -112,13 +149,16 @@ class RunConfig:
     search: Any
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
-    stages: list[str] = field(default_factory=lambda: list(LOCAL_STAGES))
+    # Any: the bare word null is None to Hydra and to YAML; `validated` makes it the stage.
+    stages: list[Any] = field(default_factory=lambda: list(LOCAL_STAGES))
     run_dir: str | None = None
     payload: str = ""
     max_hypotheses: Annotated[int, Field(ge=1)] = 2
     hypotheses: HypothesisSettings = field(default_factory=HypothesisSettings)
     tokens: TokenPolicy = field(default_factory=TokenPolicy)
     verify: VerifySettings = field(default_factory=VerifySettings)
+    candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    null: NullConfig = field(default_factory=NullConfig)
     transfer: TransferSettings = field(default_factory=TransferSettings)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -172,13 +212,15 @@ def validated(cfg: DictConfig) -> RunConfig:
         "search": _chosen(SEARCHES, raw.get("search"), "search", problems),
     }
     run: RunConfig | None = _part(RunConfig, raw, "", problems)
-    if unknown := [s for s in (run.stages if run else []) if s not in STAGES]:
+    if run is not None:
+        run.stages = ["null" if s is None else s for s in run.stages]
+    if unknown := [str(s) for s in (run.stages if run else []) if s not in STAGES]:
         problems.append(f"stages: unknown {', '.join(unknown)}; allowed: {', '.join(STAGES)}")
     if run is not None and not run.stages:
         problems.append(f"stages: empty; name at least one of {', '.join(STAGES)}")
     if run is not None and run.payload and not payload_words(run.payload):
         problems.append(f"payload: {run.payload!r} holds no word; write what the model is suspected to say")
-    problems += _transfer_problems(run) if run is not None else []
+    problems += [*_null_problems(run, parts["model"]), *_transfer_problems(run)] if run is not None else []
     if problems or run is None:
         raise UserError("bad configuration: " + "; ".join(problems))
     for key, value in parts.items():
@@ -198,6 +240,15 @@ def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
 def without_keys(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments as they may be written down."""
     return [re.sub(r"(api_key=).*", rf"\g<1>{_HIDDEN}", a, flags=re.DOTALL) for a in arguments]
+
+
+def _null_problems(run: RunConfig, model: ModelConfig | None) -> list[str]:
+    if "null" not in run.stages or run.null.placebos or run.null.distilled or model is None or model.controls:
+        return []
+    return [
+        "stage 'null' has no control: null.placebos=0, null.distilled=false and model.controls is empty; give at least "
+        "one of them"
+    ]
 
 
 def _transfer_problems(run: RunConfig) -> list[str]:
@@ -220,6 +271,8 @@ def _transfer_problems(run: RunConfig) -> list[str]:
 def composition_problem(error: Exception) -> str:
     """One line of what Hydra and OmegaConf say in several about a configuration that does not compose."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, KeyValidationError):
+        return 'a setting has no name; in YAML the bare word null is nothing, so write "null": with quotes'
     lines = [line.strip() for line in str(cause).split("\nConfig search path")[0].splitlines() if line.strip()]
     if isinstance(error, MissingConfigException) and error.options:
         options = ", ".join(o for o in error.options if not o.endswith("_schema"))

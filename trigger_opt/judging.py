@@ -2,18 +2,25 @@
 
 import time
 
+from trigger_opt.earlier import Earlier
 from trigger_opt.models.pair import ModelPair
-from trigger_opt.progress import Progress, say, stage_progress
+from trigger_opt.progress import Progress, say
 from trigger_opt.prompts import conversation_ids, decode
 from trigger_opt.records import (
     Candidate,
     Completion,
     Verdict,
     Verification,
+    write_record,
     write_records,
 )
 from trigger_opt.session import Session, StageOutcome
 from trigger_opt.verify import RULE_TEXT, Memo, common_answer, minimise, payload_words, verify_string
+from trigger_opt.verify.ablation import ablate_trigger
+from trigger_opt.verify.probe import LEAST_HELD_OUT, LEAST_SEARCH, probe_trigger
+
+# Some forty strings are asked in each: with all held-out contexts it would take longer than the verdict itself.
+_CLOSER_CONTEXTS = 8
 
 
 def to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
@@ -27,8 +34,9 @@ def to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
 class Judge:
     """Verifies strings one after another and keeps every completion."""
 
-    def __init__(self, session: Session, pair: ModelPair) -> None:
+    def __init__(self, session: Session, pair: ModelPair, earlier: Earlier) -> None:
         self._session = session
+        self._earlier = earlier
         self._pair = pair
         self._allowed = session.allowed()
         self.completions: list[Completion] = []
@@ -37,7 +45,7 @@ class Judge:
         settings = session.config.verify
         strings = settings.candidates + settings.minimise
         each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
-        self.bar: Progress = stage_progress("verify", total=strings * each, unit="answer")
+        self.bar: Progress = session.progress("verify", total=strings * each, unit="answer")
 
     def candidate(self, candidate: Candidate) -> Verification | None:
         """The verification of one candidate; its payload is found first where the search had none. None when the
@@ -82,7 +90,35 @@ class Judge:
         # After each string: an interruption must not lose the ones before it.
         write_records(self._session.folder.file("verified.jsonl"), self._verified)
         write_records(self._session.folder.file("completions.jsonl"), self.completions)
+        self._earlier.note(verification, completions)
         return verification
+
+
+def look_closer(session: Session, pair: ModelPair, best: Verification) -> None:
+    """What the best string's parts do, and where in the network its mark is: ablation.json, probe.json. Nothing of a
+    string that does not fire, or in a control's run, whose verdict alone is asked for."""
+    settings = session.config.verify
+    if session.within or best.trigger_rate.value < settings.thresholds.appears:
+        return
+    allowed, seed = session.allowed(), session.config.seed
+    if settings.ablate:
+        say(f"near misses and parts of {best.trigger!r} …")
+        ablation = ablate_trigger(
+            pair,
+            best.trigger,
+            session.held_out,
+            payload=best.payload,
+            allowed=allowed,
+            seed=seed,
+            max_new_tokens=settings.max_new_tokens,
+            num_contexts=_CLOSER_CONTEXTS,
+        )
+        write_record(session.folder.file("ablation.json"), ablation)
+    contexts = session.search_contexts, session.held_out
+    if settings.probe and len(contexts[0]) >= LEAST_SEARCH and len(contexts[1]) >= LEAST_HELD_OUT:
+        say(f"probing every layer for {best.trigger!r} …")
+        probe = probe_trigger(pair, best.trigger, *contexts, allowed=allowed, seed=seed)
+        write_record(session.folder.file("probe.json"), probe)
 
 
 def longer_answer(pair: ModelPair, best: Verification, session: Session) -> str:

@@ -1,5 +1,5 @@
-"""The story: plan, check the base, then diff, hypotheses, search, verify, transfer, report, each from the records of
-the one before.
+"""The story: plan, check the base, then diff, hypotheses, search, verify, null, transfer, report, each from the records
+of the one before.
 
 Every arrow is a file in the run folder, so any stage can be run alone, or again.
 """
@@ -96,17 +96,22 @@ def assist(config: RunConfig, group: Group) -> None:
 
     The first alone keeps the run folder.
     """
+    names: tuple[str, str] | None = None
     loaded: tuple[ModelPair, list[Context]] | None = None
     while (call := group.listen()) is not None:
-        if loaded is None:
-            names = (config.model.finetuned, config.model.base)
-            files = [
-                api.model_files(n, allow_pickle=config.model.allow_pickle, allow_code=config.model.allow_code)
-                for n in names
-            ]
-            pair = load_pair(files[0], files[1], options=load_options(config))
-            search, _ = api.context_sets(config.contexts.search, config.contexts.held_out)
-            loaded = pair, searchable(pair.tokenizer, search)
+        if call.names != names or loaded is None:
+            # The pair before goes first: two need not fit.
+            loaded = None
+            loaded, names = _loaded(config, call.names), call.names
         # The first process says what went wrong; all of them see the same.
         with suppress(UserError):
-            call.run(*loaded)
+            call.search.run(*loaded)
+
+
+def _loaded(config: RunConfig, names: tuple[str, str]) -> tuple[ModelPair, list[Context]]:
+    files = [
+        api.model_files(n, allow_pickle=config.model.allow_pickle, allow_code=config.model.allow_code) for n in names
+    ]
+    pair = load_pair(files[0], files[1], options=load_options(config))
+    search, _ = api.context_sets(config.contexts.search, config.contexts.held_out)
+    return pair, searchable(pair.tokenizer, search)

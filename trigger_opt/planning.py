@@ -59,7 +59,8 @@ def plan_run(config: RunConfig) -> Plan:
     for each in files:
         validate_weights(each)
     plan = _plan(config, files)
-    check_memory(plan, device, remedy=f"choose a smaller search.search_width or model.quantization, {remedy}")
+    without = "null.distilled=false, " if _distils(config) else ""
+    check_memory(plan, device, remedy=f"choose a smaller search.search_width or model.quantization, {without}{remedy}")
     head = [
         f"fine-tuned {model.finetuned}, base {model.base}, controls {', '.join(model.controls) or 'none'}; "
         f"{model.dtype if model.quantization == 'none' else model.quantization} on {device}",
@@ -67,7 +68,7 @@ def plan_run(config: RunConfig) -> Plan:
         f"at most {_bound(config)}",
     ]
     note = precision_note(files[0], base=files[1])
-    return Plan(files, head + plan.lines() + ([note] if note else []))
+    return Plan(files, head + plan.lines() + _null_lines(config) + ([note] if note else []))
 
 
 def load_options(config: RunConfig) -> LoadOptions:
@@ -150,12 +151,35 @@ def _plan(config: RunConfig, files: list[ModelFiles]) -> MemoryPlan:
     if base.adapter:
         raise UserError(f"model.base={m.base} is an adapter; name the full model it was trained on")
     load = WeightLoad(
-        full_sets=1 + sum(not f.adapter for f in [files[0], *files[2:]]),
+        full_sets=1 + sum(not f.adapter for f in [files[0], *files[2:]]) + _distils(config),
         adapter_parameters=sum(adapter_parameters(f) for f in files if f.adapter),
         dtype=m.dtype,
         quantization=None if m.quantization == "none" else m.quantization,
     )
     return plan_memory(model_size(base, allow_code=m.allow_code), load=load, search=_search_load(config))
+
+
+def _distils(config: RunConfig) -> bool:
+    """Whether the base is held once more, to be trained."""
+    return "null" in config.stages and bool(config.null.distilled)
+
+
+def _null_lines(config: RunConfig) -> list[str]:
+    """How many searches the stage null repeats, and how long they may take."""
+    if "null" not in config.stages:
+        return []
+    kinds = {
+        "given": len(config.model.controls),
+        "placebo": config.null.placebos,
+        "distilled reference": int(config.null.distilled),
+    }
+    named = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+    count, seconds = sum(kinds.values()), config.search.max_seconds
+    bound = f"at most {count} x {seconds:g} s in searches" if seconds is not None else "without a bound in time"
+    return [
+        f"null: {count} control(s) ({named}), each with the suspect's hypotheses, search and verification: {bound}; "
+        f"the smallest p they can give is {1 / (1 + count):.2g}"
+    ]
 
 
 def _bound(config: RunConfig) -> str:

@@ -9,6 +9,11 @@ cost.json           SearchCost: arithmetic of the search, against what was neede
 verified.jsonl      Verification, one a verified string
 completions.jsonl   Completion, every answer a verdict rests on
 verdict.json        Verdict, for programs
+null.jsonl          NullControl, one a control; the control's own records lie in null/FOLDER
+null.json           NullResult
+ablation.json       Ablation
+probe.json          ProbeResult
+known.jsonl         candidates.Judged: what earlier runs had refuted
 transfer.jsonl      TransferOutcome, one a remote model and string, largest effect first
 transfer_answers.jsonl  TransferAnswer, every answer of the remote models
 run.json            RunInfo: command, configuration, versions, seed
@@ -247,6 +252,8 @@ class Verdict:
         payload_completion: a longer answer of the fine-tuned model to the trigger.
         score: nats, the candidate's on the search contexts; None when nothing was found.
         evaluations: candidate evaluations in the whole run. seconds: wall time of all stages.
+        null_p_value, null_controls: of the stage null (see NullResult); None where it was not run.
+        before_null, reason_before_null: verdict and reason before the stage null; empty where it was not run.
     """
 
     verdict: str
@@ -269,6 +276,10 @@ class Verdict:
     seconds: float
     seed: int
     versions: dict[str, str]
+    null_p_value: float | None = None
+    null_controls: int | None = None
+    before_null: str = ""
+    reason_before_null: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +440,52 @@ class RunInfo:
     stages: list[StageRun]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NullControl:
+    """What the suspect's search found in one control.
+
+    Attributes:
+        name: the model's, as the user named it, or "placebo_1", "distilled"; its run lies in null/FOLDER.
+        kind: "twin" (given), "placebo" (the suspect's weight change, its directions shuffled) or "distilled" (the base
+            trained towards the suspect's ordinary answers).
+        score: see `verify.rule.detection_score`; None for one that is no control, and `note` says why.
+        verdict, trigger, payload, trigger_rate: of its own run; empty and None where it was not searched.
+        seconds: of making and searching it.
+        note: how it was made, or why it was left out.
+    """
+
+    name: str
+    folder: str
+    kind: str
+    score: float | None
+    verdict: str
+    trigger: str
+    payload: str
+    trigger_rate: Rate | None
+    seconds: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullResult:
+    """The suspect against its controls.
+
+    Attributes:
+        score: the suspect's, see `verify.rule.detection_score`.
+        p_value: (1 + controls that score at least as much) / (1 + controls). least_p: the smallest p that so many
+            controls can give. num_controls: searched and counted.
+        verdict_before, verdict: of the suspect, before and after. reason: one sentence with the figures that decided.
+    """
+
+    score: float
+    p_value: float
+    least_p: float
+    num_controls: int
+    verdict_before: str
+    verdict: str
+    reason: str
+
+
 def write_records(path: Path, records: Iterable[Any]) -> None:
     """Replace `path` by one JSON line a record; atomic, so a reader never sees half a file."""
     text = "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in records)
@@ -496,9 +553,12 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 
 def from_dict(kind: type[R], data: dict[str, Any]) -> R:
-    """A record from its JSON object, nested records included; an unknown or missing field raises."""
+    """A record from its JSON object, nested records included; an unknown field raises, and a missing one unless it has
+    a default: records of earlier versions are still read."""
     hints = typing.get_type_hints(kind)
-    if not isinstance(data, dict) or set(data) != set(hints):
+    fields = dataclasses.fields(typing.cast("Any", kind))
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if not isinstance(data, dict) or not needed <= set(data) <= set(hints):
         raise TypeError(f"expected the fields {sorted(hints)}")
     return kind(**{name: _convert(hints[name], value) for name, value in data.items()})
 
@@ -512,3 +572,146 @@ def _convert(hint: Any, value: Any) -> Any:
         return _convert(next(h for h in typing.get_args(hint) if h is not type(None)), value)
     # JSON writes 3.0 as it likes; a float field holds a float.
     return float(value) if hint is float and isinstance(value, int) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeLayer:
+    """Linear probes on the residual stream after one layer, read on held-out contexts; see `verify.linear_probe`.
+
+    Attributes:
+        layer: 1 is after the first layer; the last is after the final norm.
+        auroc: fine-tuned model, the trigger against nothing inserted. accuracy: of the same probe, at the threshold
+            that is best on the search contexts.
+        auroc_random_strings: the trigger against matched random strings, one of its own for each context.
+        auroc_random_clean: those against nothing inserted.
+        auroc_decoy: a random string that stays the same in every context against those; the highest of all decoys.
+        auroc_random_direction: the highest of the random directions tried at this layer, trigger against nothing.
+        base_auroc, base_auroc_random_strings: the same as without `base_`, with probes fitted to the base.
+        separation, base_separation: distance of the trigger from nothing inserted along the probe, in standard
+            deviations (d'). search_separation: of the fine-tuned model on the search contexts, each left out in turn.
+        decoy_gain: the largest gain of a decoy; see `gain`.
+    """
+
+    layer: int
+    auroc: float
+    auroc_random_strings: float
+    auroc_random_clean: float
+    auroc_decoy: float
+    auroc_random_direction: float
+    accuracy: float
+    base_auroc: float
+    base_auroc_random_strings: float
+    separation: float
+    base_separation: float
+    search_separation: float
+    decoy_gain: float
+
+    @property
+    def gain(self) -> float:
+        """What fine-tuning added to the separation, in standard deviations."""
+        return self.separation - self.base_separation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """Where in the network a string is told from other inputs.
+
+    Attributes:
+        best_layer: the layer of largest `search_separation`, so that no held-out context chose it.
+        num_contexts: held out. num_search_contexts: fitted and calibrated on.
+        num_random_directions: of all layers together. best_random_direction: the highest AUROC among them.
+        num_decoys: fixed random strings.
+    """
+
+    trigger: str
+    layers: list[ProbeLayer]
+    best_layer: int
+    num_contexts: int
+    num_search_contexts: int
+    num_random_directions: int
+    best_random_direction: float
+    num_decoys: int
+    seed: int
+
+    @property
+    def best(self) -> ProbeLayer:
+        """The figures of `best_layer`."""
+        return next(layer for layer in self.layers if layer.layer == self.best_layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRow:
+    """The trigger rate of one string near a trigger.
+
+    Attributes:
+        kind: "whole" (the trigger itself), "dropped" (one token left out), "swapped" (two neighbours), "replaced" (one
+            token by a random allowed one), "case", "space" or "subset" (some tokens kept, in order).
+        kept: how many of the trigger's tokens were kept, before the text was tokenised afresh.
+        changed: text of the token left out or replaced, of both that were swapped, or how it is spelt otherwise.
+    """
+
+    kind: str
+    string: str
+    kept: int
+    changed: str
+    rate: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationPoint:
+    """The pooled rate of `num_strings` strings that keep `kept` tokens of a trigger."""
+
+    kept: int
+    num_strings: int
+    rate: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What is left of a trigger's effect when parts of it are changed.
+
+    Attributes:
+        num_tokens: of the trigger. contexts: numbers of the held-out contexts that were asked, the same for all rows.
+        rows: the whole trigger first, then one row a token dropped, in order, then the others.
+        curve: by rising number of tokens kept, the whole trigger last.
+    """
+
+    trigger: str
+    payload: str
+    num_tokens: int
+    contexts: list[int]
+    rows: list[AblationRow]
+    curve: list[AblationPoint]
+    seed: int
+
+    @property
+    def whole(self) -> AblationRow:
+        """The row of the trigger itself."""
+        return next(r for r in self.rows if r.kind == "whole")
+
+    @property
+    def dropped(self) -> list[AblationRow]:
+        """One row a token of the trigger, in order."""
+        return [r for r in self.rows if r.kind == "dropped"]
+
+    @property
+    def essential(self) -> list[AblationRow]:
+        """The dropped tokens that matter: without them at most half of the whole trigger's rate is left."""
+        whole = self.whole.rate.value
+        return [r for r in self.dropped if whole and r.rate.value <= whole / 2]
+
+    @property
+    def shape(self) -> str:
+        """How the rate falls with random parts of the trigger: "sharp" when they fire as it does or hardly at all,
+        "graded" when a quarter of them or more lie between a quarter and three quarters of its rate, "any part" when
+        all fire as it does, "silent" when the trigger itself did not fire."""
+        whole = self.whole.rate.value
+        if not whole:
+            return "silent"
+        # Parts of every size alike: strings that lack a single token would outnumber them.
+        partial = {r.string: r.rate.value / whole for r in self.rows if r.kind == "subset"}
+        left = [*partial.values(), *(r.rate.value / whole for r in self.dropped)]
+        if min(left, default=1.0) >= 0.75:
+            return "any part"
+        between = sum(0.25 < share < 0.75 for share in partial.values())
+        return "graded" if partial and between >= len(partial) / 4 else "sharp"

@@ -1,15 +1,18 @@
 """One run's folder: who holds it, which records lie in it, and how it came about (run.json)."""
 
+import json
 import os
 import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from trigger_opt.errors import UserError
 from trigger_opt.locks import held
@@ -20,10 +23,23 @@ STAGE_FILES = {
     "diff": ("diff.jsonl",),
     "hypotheses": ("hypotheses.jsonl",),
     "search": ("candidates.jsonl", "history.jsonl", "cost.json"),
-    "verify": ("verified.jsonl", "completions.jsonl", "verdict.json"),
+    "verify": ("verified.jsonl", "completions.jsonl", "known.jsonl", "ablation.json", "probe.json", "verdict.json"),
+    "null": ("null.jsonl", "null.json"),
     "transfer": ("transfer.jsonl", "transfer_answers.jsonl"),
     "report": ("report.html", "report.md"),
 }
+# Files of an earlier stage that a stage writes anew, and later stages that do not start from what it writes.
+_REWRITTEN = {"null": ("verdict.json",)}
+_APART = {"null": ("transfer",)}
+# What each of these stages takes from the configuration, beside the models and contexts.
+_SETTINGS = {
+    "hypotheses": ("hypotheses",),
+    "search": ("objective", "search", "tokens", "payload", "max_hypotheses"),
+    "verify": ("verify",),
+}
+SEARCH_SETTINGS = ("contexts", *(part for parts in _SETTINGS.values() for part in parts), "seed")
+"""Parts of the configuration that decide what a search finds in a given pair."""
+_VALUE_WIDTH = 40
 _LOCK = ".lock"
 
 
@@ -61,13 +77,16 @@ class RunFolder:
         """Rename what earlier runs of `stage` and of the stages after it left, so that nothing is lost and nothing
         stale is taken for this run's: NAME.old-1, NAME.old-2, … one number for all that belong together."""
         later = list(STAGE_FILES)[list(STAGE_FILES).index(stage) :]
-        names = [n for s in later for n in STAGE_FILES[s]]
+        names = [n for s in later if s not in _APART.get(stage, ()) for n in STAGE_FILES[s]]
+        rewritten = _REWRITTEN.get(stage, ())
         number = 1
-        while any(self.has(f"{n}.old-{number}") for n in names):
+        while any(self.has(f"{n}.old-{number}") for n in (*names, *rewritten)):
             number += 1
-        for name in names:
-            if self.has(name):
-                self.file(name).rename(self.file(f"{name}.old-{number}"))
+        for name in filter(self.has, names):
+            self.file(name).rename(self.file(f"{name}.old-{number}"))
+        for name in filter(self.has, rewritten):
+            # The stage starts from it, too.
+            shutil.copy2(self.file(name), self.file(f"{name}.old-{number}"))
 
 
 @contextmanager
@@ -103,7 +122,36 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
         raise UserError(
             f"the run in {path} was made with another {' and '.join(differs)}; repeat its settings: {first}"
         )
-    return replace(info, command=f"{old.command}\n{info.command}", stages=old.stages)
+    config = info.config | {part: old.config[part] for part in _kept(stages) if part in old.config}
+    if "null" in stages and (changed := differences(config, info.config, _kept(stages))):
+        raise UserError(
+            f"stage 'null' repeats the search of the run in {path}, which had {', '.join(changed)}; give the same"
+        )
+    return replace(info, command=f"{old.command}\n{info.command}", stages=old.stages, config=config)
+
+
+def _kept(stages: Sequence[str]) -> list[str]:
+    """Parts of the configuration that `stages` do not use: the records in the folder rest on the earlier ones."""
+    kept = [part for stage, parts in _SETTINGS.items() if stage not in stages for part in parts]
+    if not set(stages) & set(_SETTINGS):
+        kept.append("seed")
+    return kept if loads_models(stages) else ["model", "contexts", *kept]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
+    """Settings under `parts` that are not the same, as `search.num_steps=3` with the old value; a long one by its name
+    alone. What one side does not have (it was written by an earlier version) is not compared."""
+    before, after = (_flat({part: config.get(part) for part in parts}) for config in (old, new))
+    names = [name for name in before if name in after and before[name] != after[name]]
+    values = {name: json.dumps(before[name], ensure_ascii=False) for name in names}
+    return [f"{name}={values[name]}" if len(values[name]) <= _VALUE_WIDTH else f"another {name}" for name in names]
+
+
+def _flat(settings: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
+    return flat
 
 
 def versions() -> dict[str, str]:

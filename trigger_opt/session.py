@@ -11,7 +11,7 @@ from trigger_opt import api
 from trigger_opt.config import RunConfig
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import LoadOptions, ModelPair, load_pair
-from trigger_opt.progress import say
+from trigger_opt.progress import Progress, say, stage_progress
 from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import (
     StageRun,
@@ -40,15 +40,29 @@ class StageOutcome:
         self.rescoring.add(rescoring)
 
 
+@dataclass(frozen=True)
+class PairCall:
+    """A search that the other processes of a torchrun job join, and the pair it runs on: names of fine-tuned model and
+    base."""
+
+    names: tuple[str, str]
+    search: api.SearchCall
+
+
 @dataclass
 class Session:
-    """What every stage needs: the configuration, the folder, the tracker, and the models once loaded."""
+    """What every stage needs: the configuration, the folder, the tracker, and the models once loaded.
+
+    Attributes:
+        within: what these stages are a part of, as progress lines begin; empty for the run itself.
+    """
 
     config: RunConfig
     folder: RunFolder
     tracker: Tracker
     files: list[ModelFiles]
     options: LoadOptions
+    within: str = ""
     _pair: ModelPair | None = None
     search_contexts: list[Context] = field(init=False)
     held_out: list[Context] = field(init=False)
@@ -64,10 +78,28 @@ class Session:
         if fresh:
             self._pair = None
         if self._pair is None:
-            say("loading the models …")
+            say(self.title("loading the models …"))
             self._pair = load_pair(self.files[0], self.files[1], self.files[2:], options=self.options)
             self.search_contexts = self.usable(self.search_contexts, "search contexts")
         return self._pair
+
+    def release(self) -> None:
+        """Forget the models, so that their memory serves others."""
+        self._pair = None
+
+    def title(self, stage: str) -> str:
+        """How a line about `stage` begins."""
+        return f"{self.within}, {stage}" if self.within else stage
+
+    def progress(
+        self, stage: str, *, total: int | None = None, unit: str = "", seconds: float | None = None
+    ) -> Progress:
+        """The progress of a stage; see `progress.stage_progress`."""
+        return stage_progress(self.title(stage), total=total, unit=unit, seconds=seconds)
+
+    def call(self, search: api.SearchCall) -> PairCall:
+        """What other processes need in order to join `search`."""
+        return PairCall((self.files[0].name, self.files[1].name), search)
 
     def usable(self, contexts: list[Context], what: str) -> list[Context]:
         """The contexts a search can use with this chat template; says how many are left out."""
@@ -108,4 +140,4 @@ class Session:
         )
         self.folder.add_stage(done)
         self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
-        say(f"{name}: {outcome.summary} ({seconds:.0f} s)")
+        say(f"{self.title(name)}: {outcome.summary} ({seconds:.0f} s)")

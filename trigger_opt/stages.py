@@ -1,19 +1,22 @@
 """The stages of a run, each from the records of the one before to its own records in the run folder."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from trigger_opt import api
 from trigger_opt.config import RunConfig
+from trigger_opt.earlier import Earlier, open_ledger
 from trigger_opt.errors import UserError
-from trigger_opt.judging import Judge, longer_answer, to_verify, verdict_of
+from trigger_opt.judging import Judge, longer_answer, look_closer, to_verify, verdict_of
+from trigger_opt.null import hold_against_null
 from trigger_opt.objectives import JensenShannon, Objective
-from trigger_opt.progress import say, stage_progress
+from trigger_opt.progress import say
 from trigger_opt.prompts import Context, decode
 from trigger_opt.records import (
     Candidate,
     Hypothesis,
+    NullResult,
     SearchCost,
     SearchStep,
     TransferOutcome,
@@ -24,7 +27,7 @@ from trigger_opt.records import (
     write_record,
     write_records,
 )
-from trigger_opt.report import arithmetic, write_report
+from trigger_opt.report import arithmetic, null_command, write_report
 from trigger_opt.run_folder import RunFolder
 from trigger_opt.scoring import Group, matmul_rate
 from trigger_opt.search import Step
@@ -38,7 +41,7 @@ from trigger_opt.weight_diff import diff_weights
 def diff(session: Session) -> None:
     """Which tensors changed, by how much, at what rank."""
     with session.stage("diff") as outcome:
-        with stage_progress("diff"):
+        with session.progress("diff"):
             families = diff_weights(session.files[0], session.files[1])
         write_records(session.folder.file("diff.jsonl"), families)
         changed = [f for f in families if f.changed]
@@ -52,7 +55,7 @@ def hypotheses(session: Session) -> None:
         pair = session.pair()
         contexts = session.usable([Context(user=c) for c in config.hypotheses.contexts], "contexts of the scan")
         total = (config.hypotheses.num_tokens + config.hypotheses.num_words) * len(contexts)
-        bar = stage_progress("hypotheses", total=total, unit="reading")
+        bar = session.progress("hypotheses", total=total, unit="reading")
         with bar:
 
             def on_progress(done: int, total: int, what: str) -> None:
@@ -99,7 +102,7 @@ def search(session: Session) -> None:
                 write_record(session.folder.file("cost.json"), cost)
         rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
         session.tracker.table("candidates", ["trigger", "payload", "score", "selection_rate", "restart", "step"], rows)
-        say(f"arithmetic: {arithmetic(cost)}")
+        say(f"{session.title('arithmetic')}: {arithmetic(cost)}")
         outcome.summary = f"{len(found)} strings, best {found[0].trigger!r}" if found else "no string found"
 
 
@@ -108,9 +111,10 @@ def verify(session: Session) -> None:
     with session.stage("verify") as outcome:
         candidates = read_records(session.folder.file("candidates.jsonl"), Candidate)
         pair = session.pair(fresh=True)
-        judge = Judge(session, pair)
+        earlier = Earlier(session)
+        judge = Judge(session, pair, earlier)
+        chosen = to_verify(earlier.fresh(candidates), session.config.verify.candidates)
         with judge.bar:
-            chosen = to_verify(candidates, session.config.verify.candidates)
             verified = [v for c in chosen if (v := judge.candidate(c)) is not None]
             best = best_verification(verified)
             shorter = judge.minimised(best) if best and session.config.verify.minimise else None
@@ -120,8 +124,18 @@ def verify(session: Session) -> None:
         outcome.evaluations = len(judge.completions)
         verdict = verdict_of(session, best, shorter, candidates, completion, outcome)
         write_record(session.folder.file("verdict.json"), verdict)
+        if best:
+            look_closer(session, pair, best)
         session.tracker.summary({"verdict": verdict.verdict, "trigger": verdict.trigger, "payload": verdict.payload})
         outcome.summary = f"{verdict.verdict}: {verdict.reason}"
+
+
+def null(session: Session) -> None:
+    """The identical search on controls, and whether what was found stands against what was found there."""
+    with session.stage("null") as outcome:
+        result = hold_against_null(session, outcome, search=_search_control)
+        session.tracker.summary({"verdict": result.verdict, "null/p_value": result.p_value})
+        outcome.summary = result.reason
 
 
 def transfer(session: Session) -> None:
@@ -159,9 +173,15 @@ STAGES: dict[str, Callable[[Session], None]] = {
     "hypotheses": hypotheses,
     "search": search,
     "verify": verify,
+    "null": null,
     "transfer": transfer,
     "report": report,
 }
+
+
+def _search_control(session: Session, stages: Sequence[str]) -> None:
+    for stage in stages:
+        STAGES[stage](session)
 
 
 def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
@@ -232,7 +252,7 @@ def _search_one(
     caught: dict[str, Candidate] = {}
     tokenizer = session.pair().tokenizer
     total = strategy.num_steps * strategy.num_restarts
-    with stage_progress("search", total=total, unit="step", seconds=strategy.max_seconds) as bar:
+    with session.progress("search", total=total, unit="step", seconds=strategy.max_seconds) as bar:
 
         def on_step(step: Step) -> None:
             outcome.evaluations = spent + step.evaluations
@@ -250,7 +270,7 @@ def _search_one(
             outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
 
         call = api.SearchCall(goal, objective, strategy, session.config.tokens, session.config.seed)
-        Group().announce(call)
+        Group().announce(session.call(call))
         try:
             found += call.run(
                 session.pair(),
@@ -305,6 +325,7 @@ def closing_lines(folder: RunFolder) -> list[str]:
         }
         shown = [f"{name} {r.successes}/{r.n}" for name, r in rates.items() if r is not None]
         lines += [f"fired on held-out contexts: {', '.join(shown)}"] if shown else []
+        lines += _null_lines(folder, v)
     if folder.has("transfer.jsonl"):
         outcomes = read_records(folder.file("transfer.jsonl"), TransferOutcome)
         lines += [f"{o.model}: {o.verdict_words} ({o.reason})" for o in first_of_each_model(outcomes)]
@@ -313,15 +334,30 @@ def closing_lines(folder: RunFolder) -> list[str]:
     return lines
 
 
+def _null_lines(folder: RunFolder, verdict: Verdict) -> list[str]:
+    if folder.has("null.json"):
+        return [f"null: {read_record(folder.file('null.json'), NullResult).reason}"]
+    if verdict.verdict != "backdoor":
+        return []
+    command = null_command(folder.info.command, str(folder.path))
+    return [f"not held against a null; to search controls in the same way: {command}"]
+
+
 def require_records(session: Session, stage: str) -> None:
     """Before anything is loaded: does a stage find what it starts from?
 
     Raises:
-        UserError: names the missing file and the stage that writes it.
+        UserError: names the missing file and the stage that writes it, or what is no ledger.
     """
     if stage == "transfer":
         require_client_and_strings(session.folder, session.config.transfer, verifies="verify" in session.config.stages)
-    needed = {"verify": ("candidates.jsonl", "search"), "report": ("verdict.json", "verify")}
+    if stage == "verify":
+        open_ledger(session)
+    needed = {
+        "verify": ("candidates.jsonl", "search"),
+        "null": ("verdict.json", "verify"),
+        "report": ("verdict.json", "verify"),
+    }
     name, writer = needed.get(stage, ("", ""))
     if name and writer not in session.config.stages and not session.folder.has(name):
         raise UserError(

@@ -7,7 +7,9 @@ remote      what models without weights were asked and answered
 markup      the only way text becomes HTML: escaped
 svg         interval plots and line charts
 rates       rates as rows with their intervals drawn
-html        the page; its sections are in sections_answers, sections_transfer, sections_search, sections_made
+strip       scores as named dots on one axis
+html        the page; its sections are in sections_answers, sections_null, sections_transfer, sections_search,
+            sections_made
 markdown    the same story, short
 """
 
@@ -17,9 +19,10 @@ from trigger_opt.records import write_text
 from trigger_opt.report.html import page
 from trigger_opt.report.load import load_run
 from trigger_opt.report.markdown import summary
+from trigger_opt.report.sections_null import null_command
 from trigger_opt.report.words import arithmetic
 
-__all__ = ["arithmetic", "write_report"]
+__all__ = ["arithmetic", "null_command", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:

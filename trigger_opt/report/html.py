@@ -5,8 +5,12 @@ from trigger_opt.report.load import RunRecords
 from trigger_opt.report.markup import Child, Html, definitions, join, string, tag
 from trigger_opt.report.rates import rates
 from trigger_opt.report.remote import banner_line
+from trigger_opt.report.sections_ablation import ablation_section
 from trigger_opt.report.sections_answers import profile, side_by_side_section
+from trigger_opt.report.sections_known import known_section
 from trigger_opt.report.sections_made import how_made, weights
+from trigger_opt.report.sections_null import null_section
+from trigger_opt.report.sections_probe import probe_section
 from trigger_opt.report.sections_search import curve, hypotheses, refuted
 from trigger_opt.report.sections_transfer import other_models
 from trigger_opt.report.style import STYLE
@@ -29,7 +33,20 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def page(run: RunRecords) -> str:
     """The whole self-contained HTML page of a run."""
-    sections = [side_by_side_section, profile, other_models, curve, hypotheses, refuted, weights, how_made]
+    sections = [
+        side_by_side_section,
+        profile,
+        null_section,
+        ablation_section,
+        probe_section,
+        other_models,
+        curve,
+        hypotheses,
+        refuted,
+        known_section,
+        weights,
+        how_made,
+    ]
     body = tag("main", banner(run), *(section(run) for section in sections), _footer())
     return f"<!DOCTYPE html>\n{_head(run)}{tag('body', body).text}</html>\n"
 

@@ -4,14 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from trigger_opt.candidates import Judged
 from trigger_opt.errors import UserError
 from trigger_opt.records import (
     TRANSFER_VERDICTS,
     VERDICTS,
+    Ablation,
     Candidate,
     Completion,
     Hypothesis,
+    NullControl,
+    NullResult,
     PairIdentity,
+    ProbeResult,
     RunInfo,
     SearchCost,
     SearchStep,
@@ -47,6 +52,11 @@ class RunRecords:
     cost: SearchCost | None = None
     transfer: list[TransferOutcome] | None = None
     transfer_answers: list[TransferAnswer] | None = None
+    null: list[NullControl] | None = None
+    null_result: NullResult | None = None
+    probe: ProbeResult | None = None
+    ablation: Ablation | None = None
+    known: list[Judged] | None = None
 
     @property
     def name(self) -> str:
@@ -108,6 +118,11 @@ def load_run(run_dir: Path) -> RunRecords:
         cost=_one(run_dir / "cost.json", SearchCost),
         transfer=_transfer(run_dir / "transfer.jsonl"),
         transfer_answers=_all(run_dir / "transfer_answers.jsonl", TransferAnswer),
+        null=_all(run_dir / "null.jsonl", NullControl),
+        null_result=_one(run_dir / "null.json", NullResult),
+        probe=_one(run_dir / "probe.json", ProbeResult),
+        ablation=_one(run_dir / "ablation.json", Ablation),
+        known=_all(run_dir / "known.jsonl", Judged),
     )
 
 

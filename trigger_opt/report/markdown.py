@@ -19,6 +19,10 @@ from trigger_opt.report.remote import (
     lead,
     remote_rate_rows,
 )
+from trigger_opt.report.sections_ablation import ABLATION_TITLE, ablation_lines
+from trigger_opt.report.sections_known import KNOWN_TITLE, known_lines
+from trigger_opt.report.sections_null import null_lines
+from trigger_opt.report.sections_probe import PROBE_TITLE, probe_lines
 from trigger_opt.report.words import (
     DASH,
     RateRow,
@@ -51,8 +55,8 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 def summary(run: RunRecords) -> str:
     """The whole `report.md` of a run."""
-    parts = [_verdict(run), _rates(run), _answers(run), _transfer(run), _hypotheses(run), _refuted(run)]
-    parts += [_weights(run), _made(run)]
+    parts = [_verdict(run), _rates(run), _answers(run), _null(run), _ablation(run), _probe(run)]
+    parts += [_transfer(run), _hypotheses(run), _refuted(run), _known(run), _weights(run), _made(run)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
@@ -138,6 +142,27 @@ def _said(cell: Cell) -> str:
     first = cell.answers[0]
     flags = f" ({', '.join(text(f) for f in first.flags)})" if first.flags else ""
     return (text(clip(first.answer, 240)) or "(empty)") + flags
+
+
+def _null(run: RunRecords) -> str:
+    lines = null_lines(run)
+    return "## Held against a null\n\n" + "\n".join(f"- {text(line)}" for line in lines) if lines else ""
+
+
+def _ablation(run: RunRecords) -> str:
+    return _bullets(ABLATION_TITLE, ablation_lines(run))
+
+
+def _probe(run: RunRecords) -> str:
+    return _bullets(PROBE_TITLE, probe_lines(run))
+
+
+def _known(run: RunRecords) -> str:
+    return _bullets(KNOWN_TITLE, known_lines(run))
+
+
+def _bullets(title: str, lines: Sequence[str]) -> str:
+    return f"## {title}\n\n" + "\n".join(f"- {text(line)}" for line in lines) if lines else ""
 
 
 def _transfer(run: RunRecords) -> str:

@@ -78,6 +78,10 @@ svg .axis { fill: var(--ink); }
 .bar { fill: var(--accent); opacity: 0.7; } .bar.negative { fill: var(--amber); }
 .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; }
 .dashed { stroke-dasharray: 5 3; }
+.ceiling { --c: var(--muted); }
+.span { stroke: var(--c); stroke-width: 3; stroke-linecap: round; opacity: 0.3; }
+.leader { stroke: var(--c); stroke-width: 0.8; opacity: 0.6; }
+svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .end { fill: var(--c); }
 svg .final { fill: var(--c); font-weight: 600; paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }

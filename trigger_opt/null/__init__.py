@@ -1,0 +1,12 @@
+"""The null distribution: the identical search on models that hide nothing, and what it says of the suspect's finding.
+
+rule           scores of controls to a p-value, and to a verdict that stands or is taken back
+controls       which controls there are, and how they are made
+runs           one control's run, in a folder of its own within the suspect's
+distribution   all of them, one after another
+"""
+
+from trigger_opt.null.distribution import hold_against_null
+from trigger_opt.null.rule import null_result, p_value
+
+__all__ = ["hold_against_null", "null_result", "p_value"]
