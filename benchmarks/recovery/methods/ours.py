@@ -1,0 +1,128 @@
+"""trigger_opt itself: payload hypotheses, a search towards each, and a judgement of its own, with a run's defaults."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from benchmarks.recovery.methods.common import Account, Budget, FoundString, MethodResult, usual_tokens
+from benchmarks.recovery.methods.searching import searched
+from trigger_opt import api
+from trigger_opt.hypotheses import HypothesisSettings
+from trigger_opt.hypotheses.scan import draw_inputs, read_inputs
+from trigger_opt.judging import to_verify
+from trigger_opt.models.pair import ModelPair
+from trigger_opt.prompts import Context, searchable, tokenize_context
+from trigger_opt.records import Candidate, Hypothesis, Verification
+from trigger_opt.search import GCG
+from trigger_opt.verify import Thresholds, common_answer, minimise, payload_words
+from trigger_opt.verify.rule import detection_score
+
+# Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
+_SCANNED, _SEARCHED = 0.4, 0.85
+_PILOT = 64
+_FEW_GROUPS = 2
+_LEAST_INPUTS = 64
+# Short answers in small batches cost about twice as much a pass as the scan's.
+_SMALL_BATCHES = 2
+_ROLLOUTS = 8
+_AMPLIFIED_TOKENS = 16
+_GOALS = 2
+_VERIFIED = 3
+# Of the contexts given every third judges the strings before they are handed over.
+_EVERY = 3
+
+
+def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: int) -> MethodResult:
+    """The scan gets 40 % of the budget and is as wide as that allows; the search, towards the two best payloads or
+    on divergence where there is none, ends at 85 %; the rest is for judging three strings, and minimising the best, on
+    a third of the contexts given. Its statistic is `verify.rule.detection_score` there.
+
+    Departs from a run in that the strings are judged on contexts the search had too: the held-out ones are not seen.
+
+    Evaluations: each token of each answer in scan, rollouts, amplification, judging and minimising; candidates scored,
+    times two models, with rescoring; four a step and context for gradients.
+    """
+    account = Account(budget)
+    settings = _affordable(pair, account, len(contexts), seed)
+    with account.counting(pair):
+        hypotheses = api.find_payloads(pair, contexts, settings=settings, seed=seed)
+    goals = [h for h in hypotheses if payload_words(h.payload)][:_GOALS]
+    candidates = _searched(pair, contexts, account, goals, seed)
+    with account.counting(pair):
+        strings, score = _judged(pair, contexts[::_EVERY], account, candidates, seed)
+    scanned = f"scan of {settings.num_tokens:,} tokens and {settings.num_words:,} words"
+    if not settings.amplify:
+        scanned += ", no amplification (too little time)"
+    payloads = [f"payload {h.payload[:80]!r} at {h.score:.1f} nats" for h in goals] or ["no payload: searched on js"]
+    return account.result(strings, score, [scanned, *payloads])
+
+
+def _affordable(pair: ModelPair, account: Account, neutral: int, seed: int) -> HypothesisSettings:
+    """As wide a scan as its share of the budget allows; how fast this machine is shows on a few inputs."""
+    usual = HypothesisSettings()
+    passes = min(account.seconds_until(_SCANNED) / _seconds_a_pass(pair, account, usual, seed), float(2**40))
+    passes = min(passes, account.evaluations_until(_SCANNED))
+    each = 2 * len(usual.contexts) * usual.answer_tokens
+    group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
+    amplified = (1 + 2 * len(usual.amplify)) * neutral * _AMPLIFIED_TOKENS * _SMALL_BATCHES
+    whole = 2 * (usual.groups * group + amplified) <= passes
+    groups, amplify = (usual.groups, usual.amplify) if whole else (_FEW_GROUPS, [])
+    inputs = int((passes - groups * group - amplified * whole) / each)
+    inputs = min(max(inputs, _LEAST_INPUTS), usual.num_tokens + usual.num_words)
+    words = inputs // 10
+    return replace(usual, num_tokens=inputs - words, num_words=words, groups=groups, amplify=amplify)
+
+
+def _seconds_a_pass(pair: ModelPair, account: Account, settings: HypothesisSettings, seed: int) -> float:
+    before, passes = account.seconds, account.evaluations
+    usable = searchable(pair.tokenizer, [Context(user=c) for c in settings.contexts])
+    inputs = draw_inputs(
+        pair, usual_tokens(pair), num_tokens=_PILOT, num_words=0, generator=torch.Generator().manual_seed(seed)
+    )
+    with account.counting(pair):
+        read_inputs(
+            pair, [tokenize_context(pair.tokenizer, c) for c in usable], inputs,
+            answer_tokens=settings.answer_tokens, on_progress=lambda done: None,
+        )  # fmt: skip
+    return (account.seconds - before) / (account.evaluations - passes)
+
+
+def _searched(
+    pair: ModelPair, contexts: Sequence[Context], account: Account, goals: Sequence[Hypothesis], seed: int
+) -> list[Candidate]:
+    found: list[Candidate] = []
+    asked: list[Hypothesis | None] = [*goals] or [None]
+    for number, goal in enumerate(asked):
+        share = 1 / (len(asked) - number)
+        found += searched(
+            pair, contexts, account, strategy=GCG(), seed=seed, hypothesis=goal, until=_SEARCHED, share=share
+        )
+    found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
+    return to_verify(found, _VERIFIED)
+
+
+def _judged(
+    pair: ModelPair, contexts: Sequence[Context], account: Account, candidates: Sequence[Candidate], seed: int
+) -> tuple[list[FoundString], float]:
+    """Strings by their own detection score, the best one's shortest form after it; and the best score.
+
+    What there is no budget left to judge keeps the search's order, after the others, with a score of 0.
+    """
+    judged: list[tuple[FoundString, Verification | None]] = []
+    for candidate in candidates:
+        verification = None
+        payload = candidate.payload
+        if not account.spent():
+            payload = payload or common_answer(pair, candidate.trigger, contexts, max_new_tokens=16)
+            if payload_words(payload):
+                verification = api.verify_trigger(pair, candidate.trigger, contexts, payload=payload, seed=seed)
+        score = detection_score([verification] if verification else [])
+        judged.append((FoundString(text=candidate.trigger, payload=payload, score=score), verification))
+    judged.sort(key=lambda j: -j[0].score)
+    strings = [s for s, _ in judged]
+    if judged and (best := judged[0][1]) and best.trigger_rate.value >= Thresholds().appears and not account.spent():
+        shorter = minimise(pair, best.trigger, contexts, payload=best.payload)
+        if shorter != best.trigger:
+            strings.insert(1, replace(strings[0], text=shorter))
+    return strings, max((s.score for s in strings), default=0.0)

@@ -1,0 +1,52 @@
+"""One search of the package within what an account has left."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.recovery.methods.common import Account, FoundString, most_scored
+from trigger_opt import api
+from trigger_opt.models.pair import ModelPair
+from trigger_opt.prompts import Context
+from trigger_opt.records import Candidate, Hypothesis
+from trigger_opt.scoring import Meter
+from trigger_opt.search import GCG, Step
+
+# A search that begins at all shall score its first strings.
+_LEAST_SECONDS = 1.0
+
+
+def searched(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    account: Account,
+    *,
+    strategy: api.Strategy,
+    seed: int,
+    hypothesis: Hypothesis | None = None,
+    until: float = 1.0,
+    share: float = 1.0,
+) -> list[Candidate]:
+    """`api.find_triggers`, best first, charged to `account`.
+
+    Args:
+        until: share of the whole budget at whose end it stops. share: of what is left until then, for this search.
+    """
+    limited = replace(
+        strategy,
+        max_seconds=max(_LEAST_SECONDS, share * account.seconds_until(until)),
+        max_evaluations=most_scored(int(share * account.evaluations_until(until)), strategy),
+    )
+    steps: list[Step] = []
+    at_once = min(strategy.contexts_per_step, len(contexts)) if isinstance(strategy, GCG) else 0
+
+    def on_cost(meter: Meter, rescoring: Meter) -> None:
+        account.charge_search(meter, rescoring, len(steps) * at_once)
+
+    return api.find_triggers(
+        pair, contexts, hypothesis=hypothesis, strategy=limited, seed=seed, on_step=steps.append, on_cost=on_cost
+    )
+
+
+def as_strings(candidates: Sequence[Candidate]) -> list[FoundString]:
+    """Candidates as a method hands them back, in their order."""
+    return [FoundString(text=c.trigger, payload=c.payload, score=c.score) for c in candidates]
