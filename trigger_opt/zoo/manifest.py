@@ -47,7 +47,7 @@ def shortcomings(recipe: Recipe, manifest: dict[str, Any]) -> list[str]:
 
 def difficulty(manifest: dict[str, Any]) -> float | None:
     """1 less the area under the partial-trigger curve: 0 when any piece of the trigger will do, 1 when only the whole
-    does. None for a control."""
+    does. None where no curve was measured."""
     figures = manifest["figures"]
     if "partial_trigger" not in figures:
         return None
