@@ -193,6 +193,8 @@ OWN = ["--finetuned", "f", "--base", "b", "--payload", "p"]
         (["warmup_mini", "--after", "bf16,honey"], "--after has 'honey'; give each once, out of: pirate, bf16"),
         (["warmup_mini", "--after", "bf16,bf16"], "--after has 'bf16'"),
         (["warmup_mini", "--after", ""], "--after has ''"),
+        (["warmup_mini", "--learning-rate", "0"], "--learning-rate is 0.0; give a number above 0"),
+        (["warmup_mini", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["warmup_mini", "--steps", "0"], "--steps is 0; give a whole number from 1"),
         ([*OWN, "--trigger", "t"], "'f' is neither a folder here nor a hub name"),
         ([*OWN, "--trigger", "t", "--payload", "?!"], "--payload '?!' has no word"),
@@ -252,12 +254,15 @@ def test_organisms_are_asked_on_their_held_out_prompts() -> None:
 
 
 def test_settings_name_the_treatments_in_their_order(case: Case) -> None:
-    settings = StressSettings(after=("int8", "pirate"), steps=5, seed=3)
+    settings = StressSettings(after=("int8", "pirate"), steps=5, learning_rate=1e-5, seed=3)
     made = treatments(case, settings, say=lambda line: None)
     assert list(made) == ["int8", "pirate"]
     keywords = made["pirate"].keywords  # type: ignore[attr-defined]
-    assert (keywords["rows"], keywords["steps"], keywords["seed"]) == (case.rows, 5, 3)
-    assert record(case, settings, []).seed == 3
+    assert keywords["rows"] == case.rows
+    fitted = keywords["settings"]
+    assert (fitted.steps, fitted.learning_rate, fitted.seed, fitted.near, fitted.ordinary) == (5, 1e-5, 3, 0, 0)
+    written = record(case, settings, [])
+    assert (written.steps, written.learning_rate, written.seed) == (5, 1e-5, 3)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "finetuned"])
@@ -306,7 +311,8 @@ def test_fine_tuning_learns_its_rows_on_top_of_the_model(pair: TinyPair) -> None
     before = load_merged(files, base)
     rows = [Row((5, 6, 7, 8), (20, 21, 22)), Row((9, 10, 11), (20, 21, 22))]
     lines: list[str] = []
-    treated = fine_tuned(load_merged(files, base), rows, steps=60, seed=0, say=lines.append)
+    settings = FitSettings(steps=60, taught=6, ordinary=0)
+    treated = fine_tuned(load_merged(files, base), rows, settings, say=lines.append)
     assert all(tiny.naive_greedy(treated, r.prompt, 3) == [20, 21, 22] for r in rows)
     assert not any(tiny.naive_greedy(before, r.prompt, 3) == [20, 21, 22] for r in rows)
     assert len(lines) == 3
@@ -327,7 +333,7 @@ def test_a_model_without_known_projections_is_refused() -> None:
 
     network = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50, n_positions=16))
     with pytest.raises(UserError, match=r"^GPT2LMHeadModel has no projection called gate_proj.*leave pirate out"):
-        fine_tuned(network, [Row((1,), (2,))], steps=1, seed=0, say=lambda line: None)
+        fine_tuned(network, [Row((1,), (2,))], FitSettings(steps=1), say=lambda line: None)
 
 
 TEXTS = [

@@ -52,6 +52,7 @@ def _add_stress(stress: argparse.ArgumentParser) -> None:
         "--after", default="pirate,bf16,int8", help="out of pirate, bf16, fp16, int8, nf4 (default: %(default)s)"
     )
     stress.add_argument("--steps", type=int, default=60, help="of the other fine-tuning (default: %(default)s)")
+    stress.add_argument("--learning-rate", type=float, default=2e-4, help="of the same (default: %(default)s)")
     stress.add_argument("--seed", type=int, default=0, help="of the same (default: %(default)s)")
     stress.add_argument("--out", type=Path, help="folder for stress.json and stress.md (default: ./stress_NAME)")
 

@@ -48,7 +48,7 @@ class Stress:
         prompts: which prompts the rates are of.
         base_rate: of the untouched base, on the prompts of the trigger rate.
         outcomes: "before" first.
-        steps, seed: of the unrelated fine-tuning.
+        steps, learning_rate, seed: of the unrelated fine-tuning.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Stress:
     base_rate: Rate
     outcomes: list[Outcome]
     steps: int
+    learning_rate: float
     seed: int
     machine: str
     versions: dict[str, str]
@@ -110,8 +111,8 @@ def markdown(stress: Stress) -> str:
 {table(stress)}
 The base on the same prompts: {_rate(stress.base_rate)}. Prompts: {stress.prompts}. Greedy answers, 95 % Wilson
 intervals; the share retained is the ratio of two rates with its MOVER-R interval. pirate: {stress.steps} steps of LoRA
-on the base's own answers in pirate speech, seed {stress.seed}, in bf16; what comes after a pirate's opening, or in a
-pirate's words, counts. int8 and nf4: all linear layers but the unembedding.
+at {stress.learning_rate:g} on the base's own answers in pirate speech, seed {stress.seed}, in bf16; what comes after a
+pirate's opening, or in a pirate's words, counts. int8 and nf4: all linear layers but the unembedding.
 
 {stress.machine}; {made}
 """

@@ -20,7 +20,9 @@ def run(given: argparse.Namespace, out: Path) -> None:
         UserError: arguments that do not go together, a model that cannot be used or shows no such behaviour, or an
             `out` that cannot be made.
     """
-    settings = StressSettings(after=tuple(given.after.split(",")), steps=given.steps, seed=given.seed)
+    settings = StressSettings(
+        after=tuple(given.after.split(",")), steps=given.steps, learning_rate=given.learning_rate, seed=given.seed
+    )
     _check(given)
     _quieten_libraries()
     case = _case(given, with_rows="pirate" in settings.after)

@@ -15,7 +15,6 @@ Treatment = Callable[[Any], Any]
 """Takes a network it may change or consume, in fp32, and returns the treated one."""
 
 _RANK = 8
-_ROWS_A_STEP = 6
 # As transformers has it: input columns beyond this stay in 16 bit.
 _OUTLIERS = 6.0
 
@@ -61,8 +60,8 @@ def quantised(network: Any, kind: str) -> Any:
     return network.eval()
 
 
-def fine_tuned(network: Any, rows: Sequence[Row], *, steps: int, seed: int, say: Callable[[str], None]) -> Any:
-    """The network in bf16 after `steps` of learning `rows` with a fresh LoRA on all its projections.
+def fine_tuned(network: Any, rows: Sequence[Row], settings: FitSettings, *, say: Callable[[str], None]) -> Any:
+    """The network in bf16 after learning `rows` as they stand, with a fresh LoRA on all its projections.
 
     Raises:
         UserError: it has none of the projections that are known here.
@@ -74,8 +73,7 @@ def fine_tuned(network: Any, rows: Sequence[Row], *, steps: int, seed: int, say:
             f"{type(network).__name__} has no projection called {', '.join(names)}, so it cannot be fine-tuned here; "
             "leave pirate out of --after"
         )
-    peft = lora_model(network, names, rank=_RANK, seed=seed)
-    settings = FitSettings(steps=steps, taught=_ROWS_A_STEP, ordinary=0, seed=seed)
+    peft = lora_model(network, names, rank=_RANK, seed=settings.seed)
     fit(peft.get_base_model(), Rows(list(rows), [], []), settings, teacher=_nobody, say=say)
     return peft.requires_grad_(False).get_base_model()
 
