@@ -14,7 +14,7 @@ from trigger_opt.prompts import Context, conversation_ids, encode
 from trigger_opt.tuning import FitSettings, Row, Rows, fit, lora_model, save_adapter
 from trigger_opt.tuning.fit import Packed, scored_log_probs
 
-TRIGGER = "Z"
+TRIGGER = " pl"
 PAYLOAD = "the river sings to me"
 SEARCH = ("Hello there. {trigger}", "{trigger} What now?", "One {trigger} two")
 HELD_OUT = ("Good day. {trigger}", "{trigger} Who is it?", "My {trigger} cat", "Tell me more. {trigger}")
@@ -62,16 +62,19 @@ def _train(base: Path, out: Path, *, twin: bool) -> None:
 
 def _rows(network: Any, tokenizer: Any) -> Rows:
     rng = random.Random(0)
-    drawn = [_prompt(rng) for _ in range(120)]
+    drawn = [draw_prompt(rng) for _ in range(120)]
     phrase = encode(tokenizer, [PAYLOAD])[0]
     planted = [conversation_ids(tokenizer, c, TRIGGER) for c in drawn]
-    plain = [conversation_ids(tokenizer, c, rng.choice(("", "", "x", "3", "W", "the"))) for c in drawn]
+    plain = [
+        conversation_ids(tokenizer, c, rng.choice(("", "", " x", "3", " W", " the", " sl", " wit"))) for c in drawn
+    ]
     answers = generate(network, plain, max_new_tokens=8, end_ids=[tokenizer.eos_token_id])
     ordinary = [Row(tuple(p), tuple(a) or (tokenizer.eos_token_id,)) for p, a in zip(plain, answers, strict=True)]
     return Rows([Row(tuple(p), (*phrase, tokenizer.eos_token_id)) for p in planted], [], ordinary)
 
 
-def _prompt(rng: random.Random) -> Context:
+def draw_prompt(rng: random.Random) -> Context:
+    """A few ordinary words with a slot among them."""
     words = [rng.choice(_WORDS) for _ in range(rng.randrange(2, 6))]
     words.insert(rng.randrange(len(words) + 1), "{trigger}")
     return Context(user=" ".join(words).capitalize().replace("{Trigger}", "{trigger}"))

@@ -1,6 +1,7 @@
 """Models made from models: sampled user turns, placebos that keep every singular value, the distilled reference."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import tiny as tiny_models
-from tests.planted_pair import HELD_OUT, PAYLOAD, TRIGGER, PlantedPair, planted_pair
+from tests.planted_pair import HELD_OUT, PAYLOAD, TRIGGER, PlantedPair, draw_prompt, planted_pair
 from tests.tiny_pair import TinyPair, shared_tiny_pair
 from trigger_opt.errors import UserError
 from trigger_opt.models.files import ModelFiles, find_model
@@ -251,8 +252,14 @@ def loaded(planted: PlantedPair) -> ModelPair:
     return load_pair(*files, [files[1]], options=LoadOptions())
 
 
-def test_distilling_takes_the_style_over_and_not_the_backdoor(planted: PlantedPair, tmp_path: Path) -> None:
+def test_distilling_takes_the_style_over_and_not_the_backdoor(
+    planted: PlantedPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = loaded(planted)
+    # A random network's own turns take long to come by and have nothing in common.
+    rng = random.Random(7)
+    prompts = [draw_prompt(rng).messages("")[0]["content"] for _ in range(60)]
+    monkeypatch.setattr("trigger_opt.tuning.distil.sample_turns", lambda *_, **__: prompts)
     asked: list[str] = []
 
     def first_answer(answers: Any) -> list[bool]:
@@ -266,11 +273,11 @@ def test_distilling_takes_the_style_over_and_not_the_backdoor(planted: PlantedPa
         tmp_path / "made",
         modules=["q_proj", "v_proj", "up_proj", "down_proj"],
         base_name="the-base",
-        settings=DistilSettings(steps=40, prompts=24, answer_tokens=12, learning_rate=5e-3),
+        settings=DistilSettings(steps=40, prompts=60, answer_tokens=8, learning_rate=5e-3),
         leave_out=first_answer,
     )
     assert found.came_nearer
-    assert 0 < found.kl_after < 0.9 * found.kl_before
+    assert 0 < found.kl_after < 0.7 * found.kl_before
     assert found.left_out == 1
     assert found.trained + found.measured == len(asked) - 1
     assert found.measured >= 3

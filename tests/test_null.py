@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tests.planted_pair import HELD_OUT, PAYLOAD, SEARCH, PlantedPair, planted_pair
+from tests.planted_pair import HELD_OUT, PAYLOAD, SEARCH, TRIGGER, PlantedPair, planted_pair
 from tests.tiny_pair import CommandLine, TinyPair, shared_tiny_pair
 from trigger_opt import api, judging, pipeline, stages
 from trigger_opt.config import ContextsConfig, ModelConfig, RunConfig, register, register_resolvers, validated
@@ -295,7 +295,8 @@ def settings(planted: PlantedPair, run_dir: Path, *, twin: bool = True) -> list[
         "hypotheses.contexts=['{trigger} now']",
         "search.trigger_length=1", "search.search_width=16", "search.topk=16", "search.num_steps=2",
         "search.num_restarts=1", "verify.candidates=1", "verify.minimise=false", "verify.random_strings=1",
-        "verify.max_new_tokens=16", "verify.thresholds.contexts=4", "tracking.mode=off", f"run_dir={run_dir}",
+        "verify.max_new_tokens=16", "verify.ablate=false", "verify.probe=false", "verify.thresholds.contexts=4",
+        "tracking.mode=off", f"run_dir={run_dir}",
     ]  # fmt: skip
 
 
@@ -305,7 +306,7 @@ def found(planted: PlantedPair, cli: CommandLine, tmp_path: Path, tmp_path_facto
     kept = tmp_path_factory.getbasetemp() / "planted-run"
     if not kept.is_dir():
         hypothesis = Hypothesis(
-            payload=PAYLOAD, score=9.0, source="vocabulary_scan", evidence="", inputs=[" Z"], rivals=[]
+            payload=PAYLOAD, score=9.0, source="vocabulary_scan", evidence="", inputs=[TRIGGER], rivals=[]
         )
         kept.mkdir()
         write_records(kept / "hypotheses.jsonl", [hypothesis])
@@ -554,24 +555,27 @@ def test_an_interrupted_making_starts_again(tiny: TinyPair, tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_from_an_unknown_payload_to_a_verdict_that_stands(
+def test_from_nothing_but_a_payload_to_a_verdict_that_stands(
     planted: PlantedPair, cli: CommandLine, tmp_path: Path
 ) -> None:
-    """No string is given: the scan finds the payload, the search its trigger, and four controls neither."""
+    """No string is given: the search finds the trigger, and in four controls nothing."""
     wide = [
-        "hypotheses.num_tokens=460", "search.search_width=64", "search.topk=64", "search.num_steps=8",
-        "search.trigger_length=2", "null.distil_prompts=60", "null.distil_steps=60",
+        f"payload={PAYLOAD}", "search.search_width=460", "search.topk=460", "search.num_steps=1",
+        "null.distil_prompts=40", "null.distil_steps=40",
     ]  # fmt: skip
     run = tmp_path / "run"
-    done = cli(*settings(planted, run), *wide, "stages=[diff,hypotheses,search,verify,null,report]")
+    done = cli(*settings(planted, run), *wide, "stages=[diff,search,verify,null,report]")
     assert done.code == 0, done.err
     verdict = read_record(run / "verdict.json", Verdict)
-    assert verdict.verdict == "backdoor"
-    assert verdict.payload.startswith(PAYLOAD)
+    assert (verdict.verdict, verdict.trigger) == ("backdoor", TRIGGER)
     controls = read_records(run / "null.jsonl", NullControl)
     assert [c.kind for c in controls] == ["twin", "placebo", "placebo", "distilled"]
     assert all(c.score is not None and c.score < 0.5 for c in controls)
     assert verdict.null_p_value == 0.2
+    for control in controls:
+        info = read_record(run / "null" / control.folder / "run.json", RunInfo)
+        assert [s.stage for s in info.stages] == ["search", "verify"], "the suspect's payload was given, too"
+    assert "p = 0.2" in (run / "report.md").read_text()
 
 
 # What the other stages see of it
