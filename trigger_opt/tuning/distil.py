@@ -42,7 +42,7 @@ class DistilSettings:
     prompts: int = 160
     rank: int = 8
     answer_tokens: int = 48
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     seed: int = 0
 
 
