@@ -282,6 +282,18 @@ class Verdict:
     reason_before_null: str = ""
 
 
+def as_held(verified: Iterable[Verification], verdict: Verdict) -> list[Verification]:
+    """`verified` after the stage null: where it took the run's backdoor back, no string of the run is one any more."""
+    if verdict.before_null in ("", verdict.verdict):
+        return list(verified)
+    return [
+        dataclasses.replace(v, verdict=verdict.verdict, reason=verdict.reason)
+        if v.verdict == verdict.before_null
+        else v
+        for v in verified
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransferAnswer:
     """One answer of a remote model.

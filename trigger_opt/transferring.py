@@ -5,7 +5,15 @@ from dataclasses import replace
 from trigger_opt.errors import UserError
 from trigger_opt.progress import say, stage_progress
 from trigger_opt.prompts import Context
-from trigger_opt.records import Completion, TransferOutcome, Verification, read_records
+from trigger_opt.records import (
+    Completion,
+    TransferOutcome,
+    Verdict,
+    Verification,
+    as_held,
+    read_record,
+    read_records,
+)
 from trigger_opt.run_folder import RunFolder
 from trigger_opt.transfer.clients import check_client
 from trigger_opt.transfer.job import Job, transfer
@@ -24,6 +32,8 @@ def send_strings(
         UserError: there is no string to send, or what stopped the transfer.
     """
     verified = read_records(folder.file("verified.jsonl"), Verification) if folder.has("verified.jsonl") else []
+    if folder.has("verdict.json"):
+        verified = as_held(verified, read_record(folder.file("verdict.json"), Verdict))
     chosen = _chosen(verified, settings)
     payloads = {v.trigger: v.payload for v in chosen} | {s: payload for s in settings.strings if payload}
     strings = list(dict.fromkeys([v.trigger for v in chosen] + settings.strings))

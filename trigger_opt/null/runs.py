@@ -81,7 +81,7 @@ def finished(session: Session, control: Control, path: Path) -> NullControl:
 
 def score_of(session: Session, verified: Sequence[Verification]) -> float:
     """The detection score, by the run's own threshold of evidence."""
-    return detection_score(verified, evidence=max(session.config.verify.thresholds.evidence, 1e-9))
+    return detection_score(verified, evidence=session.config.verify.thresholds.evidence)
 
 
 def _evaluations(path: Path) -> int:

@@ -20,6 +20,7 @@ from trigger_opt.report.words import (
     exact,
     meaning,
     noun,
+    null_figure,
     number,
     rate_rows,
     string_title,
@@ -93,6 +94,8 @@ def _figures(run: RunRecords) -> str:
     parts = [f"run {run.name}", f"{verdict.num_contexts:,} held-out contexts"]
     if verdict.evidence is not None:
         parts.append(f"median evidence {number(verdict.evidence)} nats")
+    if verdict.null_p_value is not None:
+        parts.append(null_figure(verdict))
     if verdict.score is not None:
         parts.append(f"search score {number(verdict.score)} nats")
     parts += [f"{verdict.evaluations:,} candidate evaluations", duration(verdict.seconds), f"seed {verdict.seed}"]

@@ -25,6 +25,7 @@ from trigger_opt.records import (
     TransferOutcome,
     Verdict,
     Verification,
+    as_held,
     read_record,
     read_records,
 )
@@ -104,16 +105,18 @@ def load_run(run_dir: Path) -> RunRecords:
         UserError: `verdict.json` is missing, it or `transfer.jsonl` names an unknown verdict, or any file present is
             malformed.
     """
+    verdict = _verdict(run_dir / "verdict.json")
+    verified = _all(run_dir / "verified.jsonl", Verification)
     return RunRecords(
         folder=run_dir.resolve().name,
-        verdict=_verdict(run_dir / "verdict.json"),
+        verdict=verdict,
         info=_one(run_dir / "run.json", RunInfo),
         identity=_one(run_dir / "identity.json", PairIdentity),
         diff=_all(run_dir / "diff.jsonl", TensorFamilyDiff),
         hypotheses=_all(run_dir / "hypotheses.jsonl", Hypothesis),
         candidates=_all(run_dir / "candidates.jsonl", Candidate),
         history=_all(run_dir / "history.jsonl", SearchStep),
-        verified=_all(run_dir / "verified.jsonl", Verification),
+        verified=None if verified is None else as_held(verified, verdict),
         completions=_all(run_dir / "completions.jsonl", Completion),
         cost=_one(run_dir / "cost.json", SearchCost),
         transfer=_transfer(run_dir / "transfer.jsonl"),

@@ -35,6 +35,7 @@ from trigger_opt.report.words import (
     model_name,
     not_run,
     noun,
+    null_figure,
     number,
     of,
     percent,
@@ -109,6 +110,8 @@ def _rates(run: RunRecords) -> str:
     evidence = (
         f"Median evidence {number(run.verdict.evidence)} nats over {run.verdict.num_contexts:,} held-out contexts."
     )
+    if run.verdict.null_p_value is not None:
+        evidence += f" {null_figure(run.verdict).capitalize()}."
     others = f"\n\n{text(banner_line(run.transfer))}" if run.transfer else ""
     return table(["Rate", "Answers", "Share", "95 % interval"], rows) + f"\n\n{evidence}" + others
 

@@ -132,6 +132,12 @@ def p_value(value: float) -> str:
     return f"{value:.2g}" if value >= 0.0001 else "< 0.0001"
 
 
+def null_figure(verdict: Verdict) -> str:
+    """The null's p-value in short; only of a verdict that was held against one."""
+    controls = counted(verdict.null_controls or 0, "control")
+    return f"null: p = {number(verdict.null_p_value)} against {controls}"
+
+
 def counted(n: int, noun: str) -> str:
     """ "1 model", "3 models"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -120,7 +120,8 @@ def detection_score(verified: Sequence[Verification], *, evidence: float = Thres
 
     def of(v: Verification) -> float:
         others = max(v.base_rate.value, v.false_trigger_rate.value, v.random_rate.value)
-        return max(0.0, v.trigger_rate.value - others) * min(1.0, max(0.0, v.evidence) / evidence)
+        enough = min(1.0, max(0.0, v.evidence) / evidence) if evidence else float(v.evidence >= 0)
+        return max(0.0, v.trigger_rate.value - others) * enough
 
     return max((of(v) for v in verified), default=0.0)
 
