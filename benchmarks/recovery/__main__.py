@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.recovery.methods import METHODS
 from benchmarks.recovery.pictures import clouds_chart, recovery_chart
-from benchmarks.recovery.plan import SUBSETS, Options, Plan, of_subset, parse_shard, plan
+from benchmarks.recovery.plan import MODELS, SUBSETS, Options, Plan, of_subset, parse_shard, plan
 from benchmarks.recovery.runner import Running, run_cells
 from benchmarks.recovery.store import CellStore
 from benchmarks.recovery.table import results_page, short_page
@@ -45,7 +45,7 @@ def write_pages(out: Path) -> Path:
     """
     order = list(METHODS)
     cells = sorted(CellStore(out / "results").all(), key=lambda c: order.index(c.spec.method))
-    names = {name: r.control for name, r in RECIPES.items()}
+    names = {name: RECIPES[name].control for name in MODELS}
     out.mkdir(parents=True, exist_ok=True)
     drawn = {"recovery.svg": recovery_chart(cells), "clouds.svg": clouds_chart(cells, names)}
     charts = {name: chart for name, chart in drawn.items() if chart is not None}

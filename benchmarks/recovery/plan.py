@@ -15,6 +15,9 @@ from trigger_opt.zoo.recipes import RECIPES
 HERE = Path(__file__).resolve().parent
 _BLOCK = 2**20
 
+MODELS = tuple(name for name, r in RECIPES.items() if r.mode != "gated")
+"""The zoo without the organism whose right answer is that nothing is found."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -26,7 +29,7 @@ class Options:
             configuration again, in the place of what is there. out: folder of RESULTS.md, pictures and results/.
     """
 
-    models: Sequence[str] = tuple(RECIPES)
+    models: Sequence[str] = MODELS
     methods: Sequence[str] = tuple(METHODS)
     seeds: Sequence[int] = (0, 1)
     seconds: float = 300.0
@@ -72,7 +75,7 @@ def plan(options: Options) -> Plan:
     Raises:
         UserError: an unknown model or method, or an impossible shard.
     """
-    _require_known("model", options.models, RECIPES)
+    _require_known("model", options.models, MODELS)
     _require_known("method", options.methods, METHODS)
     which, count = options.shard
     if not 1 <= which <= count:
