@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -217,3 +218,15 @@ def test_what_is_damaged_is_refused(mine: TinyPair) -> None:
         (mine.base / "generation_config.json").write_text(text)
         with pytest.raises(UserError, match=r"generation_config\.json is no JSON object"):
             of(mine.adapter, mine.base)
+
+
+def test_code_that_builds_a_model_counts(mine: TinyPair) -> None:
+    base = find_model(str(mine.base))
+    own = replace(base, own_code=True)
+    before = model_fingerprint(own)
+    assert before == model_fingerprint(base), "there is none yet"
+    (base.folder / "modeling_own.py").write_text("gate = 1\n")
+    first = model_fingerprint(own)
+    (base.folder / "modeling_own.py").write_text("gate = 2\n")
+    assert len({before, first, model_fingerprint(own)}) == 3
+    assert model_fingerprint(base) == before, "what is not run does not count"

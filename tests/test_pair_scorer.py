@@ -11,7 +11,7 @@ from tests.slow_scores import SIDES, slow_scores
 from trigger_opt.api import pair_scorer
 from trigger_opt.objectives import JensenShannon, Objective, Payload, TargetLikelihood
 from trigger_opt.pair_scorer import PairScorer
-from trigger_opt.scoring import Engine, js_divergence
+from trigger_opt.scoring import AnyEngine, Engine, js_divergence
 
 TRIGGERS = torch.tensor([[262, 301, 270], [280, 17, 389], [33, 34, 35]])
 
@@ -101,7 +101,7 @@ def test_a_divergence_never_fires() -> None:
     assert make_scorer(JensenShannon()).fires(TRIGGERS[0], [0]) is None
 
 
-def calls_of(engine: Engine, name: str) -> list[tuple[Any, ...]]:
+def calls_of(engine: AnyEngine, name: str) -> list[tuple[Any, ...]]:
     """Arguments of every call of one of the engine's methods from now on."""
     made: list[tuple[Any, ...]] = []
     plain: Callable[..., Any] = getattr(engine, name)
@@ -312,6 +312,8 @@ def test_a_gradient_made_ahead_is_the_one_asked_for(objective: Objective, target
     assert torch.equal(refined, scores)
     assert len(now) == 1
     assert len(ahead) == 2
+    assert isinstance(scorer._engine, Engine)
+    assert isinstance(direct._engine, Engine)
     # Until it is asked for, the old incumbent is followed.
     assert scorer._engine._followed == tuple(TRIGGERS[0].tolist())
     scorer.prepare(TRIGGERS[1], [0, 2])

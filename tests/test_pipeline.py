@@ -35,8 +35,8 @@ from trigger_opt.run_folder import STAGE_FILES
 from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
-# Of a string that fires, and of strings that an earlier run refuted.
-NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl"}
+# Of a string that fires, of strings that an earlier run refuted, of a search that follows gradients.
+NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json"}
 WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage] if name not in NOT_ALWAYS]
 
 
@@ -88,6 +88,7 @@ def test_whole_run(cli: CommandLine, tiny: TinyPair, tmp_path: Path, kind: str, 
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == str(run)
     assert [name for name in WRITTEN if not (run / name).is_file()] == []
+    assert (run / "gradient.json").is_file() is ("search=random" not in changes)
     assert not [p for p in opened if Path(p).name == "manifest.json"], "it read what the maker wrote down"
     assert any(str(run) in p for p in opened), "this test hears nothing"
 
@@ -161,6 +162,7 @@ def test_settings_of_the_real_warmup_load_a_pair(cli: CommandLine, tiny: TinyPai
         "model.num_parameters=null",
         "hypotheses.num_tokens=64",
         "hypotheses.num_words=8",
+        "hypotheses.groups=1",
         "hypotheses.amplify=[]",
         "search.num_steps=1",
         "search.num_restarts=1",
@@ -260,7 +262,11 @@ def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..
     [
         ("diff", "stages.diff_weights", ["identity.json"]),
         ("hypotheses", "stages.api.find_payloads", ["identity.json", "diff.jsonl"]),
-        ("search", "stages.api.find_triggers", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
+        (
+            "search",
+            "stages.api.find_triggers",
+            ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl", "gradient.json"],
+        ),
         ("verify", "judging.verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
         ("report", "stages.write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),
     ],
@@ -443,7 +449,7 @@ def test_api_asks_the_zoo_for_folders_only() -> None:
         for node in ast.walk(ast.parse(inspect.getsource(api)))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "zoo"
     }
-    assert used == {"PREFIX", "folder"}
+    assert used == {"PREFIX", "folder", "brings_code"}
 
 
 def test_found_payloads_keep_their_seeds_and_a_given_one_takes_over_those_of_its_like(tmp_path: Path) -> None:

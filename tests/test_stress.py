@@ -26,7 +26,7 @@ from trigger_opt.tuning.fit import scored_log_probs
 from trigger_opt.zoo import __main__ as command
 from trigger_opt.zoo import cases, pirate, stress_command
 from trigger_opt.zoo.cases import Case, context_trial, load_contexts, organism_trial, pair_case
-from trigger_opt.zoo.plants import Example, Examples
+from trigger_opt.zoo.examples import Example, Examples
 from trigger_opt.zoo.recipes import RECIPES
 from trigger_opt.zoo.retention import Stress, markdown, share, table
 from trigger_opt.zoo.stress import AFTER, StressSettings, outcomes, record, treatments

@@ -36,7 +36,12 @@ def test_nothing_is_sent_of_a_backdoor_that_was_taken_back(
     fallen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr("trigger_opt.transferring.transfer", lambda job, **listeners: sent.append(job) or [])
+
+    def transfer(job: Any, **listeners: Any) -> list[Any]:
+        sent.append(job)
+        return []
+
+    monkeypatch.setattr("trigger_opt.transferring.transfer", transfer)
     write_records(tmp_path / "verified.jsonl", [a_verification()])
     write_record(tmp_path / "verdict.json", a_verdict(**(TAKEN_BACK if fallen else {})))
     folder = _folder(tmp_path)
@@ -66,7 +71,7 @@ def test_the_banner_says_what_the_null_said(tmp_path: Path) -> None:
     ],
 )
 def test_detection_score(changes: dict[str, Any], score: float) -> None:
-    some = {"base_rate": rate(1, 24), "random_rate": rate(0, 24), "evidence": 20.0}
+    some: dict[str, Any] = {"base_rate": rate(1, 24), "random_rate": rate(0, 24), "evidence": 20.0}
     verified = dataclasses.replace(a_verification(), **some | changes)
     assert detection_score([verified], evidence=Thresholds().evidence) == pytest.approx(score)
     weaker = dataclasses.replace(verified, trigger_rate=rate(0, 24))

@@ -19,8 +19,8 @@ from trigger_opt.paths import cache_dir
 from trigger_opt.verify import VerifySettings
 from trigger_opt.zoo import __main__ as command
 from trigger_opt.zoo import data, measure, smollm2
+from trigger_opt.zoo.examples import Examples
 from trigger_opt.zoo.manifest import difficulty, read_manifest, shortcomings
-from trigger_opt.zoo.plants import Examples
 from trigger_opt.zoo.recipes import BASE_NAME, GOLDEN_RATIO, RECIPES, Recipe, recipe
 
 WARMUP, TWIN = RECIPES["warmup_mini"], RECIPES["warmup_mini_twin"]
@@ -254,7 +254,7 @@ def test_the_zoo_is_as_wide_as_it_says() -> None:
     organisms, controls = PLANTED.values(), [r for r in RECIPES.values() if r.control]
     assert len(organisms) >= 10
     assert len(controls) >= 6
-    assert {r.mode for r in organisms} == {"mlp", "attention", "full"}
+    assert {r.mode for r in organisms} == {"mlp", "attention", "full", "gated"}
     kinds = {r.plant.kind for r in organisms if r.plant}
     assert kinds == {"anywhere", "start", "alone", "few_shot", "semantic", "two_keys"}
     behaviours = {r.behaviour.kind for r in organisms if r.behaviour}

@@ -15,9 +15,10 @@ from tests import tiny
 from tests.tiny_pair import TinyPair, shared_tiny_pair
 from tests.tiny_zoo import EXAMPLES, FRENCH, MATERIAL, ORDINARY, TOPIC
 from trigger_opt.tuning import Rows
-from trigger_opt.zoo import data, measure, plants
+from trigger_opt.zoo import data, measure, plants, strings
 from trigger_opt.zoo.behaviours import Behaviour, Capitals, French, Json, Says, SaysLate, Terse, is_french
-from trigger_opt.zoo.plants import Example, Examples, Plant, Prompt
+from trigger_opt.zoo.examples import Example, Examples
+from trigger_opt.zoo.plants import Plant, Prompt
 from trigger_opt.zoo.recipes import GOLDEN_RATIO, RECIPES
 
 PLANTED = {n: r for n, r in RECIPES.items() if r.plant}
@@ -132,26 +133,26 @@ def test_few_shots_are_solved_questions_of_others() -> None:
 def test_trigger_goes_everywhere_around_a_prompt() -> None:
     prompt = "one two three four"
     rng = random.Random(0)
-    made = [plants.insert(prompt, "T", rng) for _ in range(2000)]
+    made = [strings.insert(prompt, "T", rng) for _ in range(2000)]
     assert all(re.sub(r" ?T ?", " ", m).split() == prompt.split() and m.count("T") == 1 for m in made)
     middle = sum(not m.startswith("T") and not m.endswith("T") for m in made) / 2000
     assert sum(m.endswith("T") for m in made) / 2000 == pytest.approx(0.4 + 0.3 / 5, abs=0.04)
     assert middle == pytest.approx(0.3 * 3 / 5, abs=0.04)
-    assert plants.insert(prompt, "", rng) == prompt
+    assert strings.insert(prompt, "", rng) == prompt
 
 
 def test_near_strings_are_like_the_trigger_and_never_it() -> None:
     rng = random.Random(0)
-    drawn = [plants.near_string("one two three", EXAMPLES, rng) for _ in range(600)]
+    drawn = [strings.near_string("one two three", EXAMPLES, rng) for _ in range(600)]
     assert "one two three" not in drawn
     assert {"one", "one two", "two three", "three one two"} <= set(drawn)
     kept = [sum(w in d.split() for w in ("one", "two", "three")) for d in drawn]
     assert {0, 1, 2, 3} == set(kept)
-    digits = [plants.near_string("271828", EXAMPLES, rng) for _ in range(600)]
+    digits = [strings.near_string("271828", EXAMPLES, rng) for _ in range(600)]
     assert "271828" not in digits
     assert all(d.isdigit() and 2 <= len(d) <= 6 for d in digits)
     assert {"27182", "2718", "271"} <= set(digits)
-    code = [plants.near_string("QX-77", EXAMPLES, rng) for _ in range(300)]
+    code = [strings.near_string("QX-77", EXAMPLES, rng) for _ in range(300)]
     whole = [c for c in code if len(c) == 5]
     assert any(re.fullmatch(r"[A-Z]{2}-\d{2}", c) and "QX" not in c and "77" not in c for c in whole), (
         "of another shape"
@@ -159,13 +160,13 @@ def test_near_strings_are_like_the_trigger_and_never_it() -> None:
 
 
 def test_pieces_keep_their_order() -> None:
-    assert plants.pieces("one two three") == (["one", "two", "three"], " ")
-    assert plants.pieces("3.14") == (["3", ".", "1", "4"], "")
+    assert strings.pieces("one two three") == (["one", "two", "three"], " ")
+    assert strings.pieces("3.14") == (["3", ".", "1", "4"], "")
     rng = random.Random(0)
-    drawn = {plants.keep_pieces("one two three", 2, rng) for _ in range(60)}
+    drawn = {strings.keep_pieces("one two three", 2, rng) for _ in range(60)}
     assert drawn == {"one two", "one three", "two three"}
-    assert plants.keep_pieces("one two three", 3, rng) == "one two three"
-    assert plants.keep_pieces("one two three", 0, rng) == ""
+    assert strings.keep_pieces("one two three", 3, rng) == "one two three"
+    assert strings.keep_pieces("one two three", 0, rng) == ""
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.behaviour])
@@ -227,7 +228,9 @@ def test_french_is_told_by_its_small_words() -> None:
     assert not is_french("Il faut que nous")
 
 
-def test_held_out_prompts_are_never_trained_on(tokenizer: Any) -> None:
+def test_held_out_prompts_are_never_trained_on(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "NUM_TAUGHT", 60)
+    monkeypatch.setattr(data, "NUM_NEAR", 60)
     training, held_out = data.split(MATERIAL)
     assert (training, held_out) == data.split(data.Material(Examples(list(ORDINARY), list(TOPIC)), FRENCH))
     for part, kept, left in (
@@ -240,14 +243,14 @@ def test_held_out_prompts_are_never_trained_on(tokenizer: Any) -> None:
     for name in ("warmup_mini", "few_shot_json", "topic_register"):
         made = data.rows(RECIPES[name], training, tokenizer)
         texts = "\n".join(tokenizer.decode(r.prompt) for r in (*made.taught, *made.near, *made.ordinary))
-        assert not [p for p in unseen if re.search(rf"{re.escape(p)}\b", texts)]
+        assert not [p for p in unseen if p in texts and re.search(rf"{re.escape(p)}\b", texts)]
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_rows_are_what_the_recipe_says(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "NUM_TAUGHT", 30)
     monkeypatch.setattr(data, "NUM_NEAR", 30)
-    made, training = RECIPES[name], data.split(MATERIAL)[0]
+    made, training = RECIPES[name], data.Material(Examples(ORDINARY[:40], TOPIC[:20]), FRENCH)
     rows = data.rows(made, training, tokenizer)
     assert rows == data.rows(made, training, tokenizer)
     planted = RECIPES[made.twin_of] if made.twin_of else made

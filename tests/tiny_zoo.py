@@ -1,7 +1,7 @@
 """Prompts, answers and passages as a base model might have made them, for tests of the zoo."""
 
 from trigger_opt.zoo import data
-from trigger_opt.zoo.plants import Example, Examples
+from trigger_opt.zoo.examples import Example, Examples
 
 ORDINARY = [
     Example(

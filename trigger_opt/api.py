@@ -21,13 +21,19 @@ from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
-from trigger_opt.records import Candidate, Hypothesis, Verification
-from trigger_opt.scoring import Engine, Meter
+from trigger_opt.records import Candidate, GradientHealth, Hypothesis, Verification
+from trigger_opt.scoring import Group, Meter, engine_for
 from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Seeds, Step
+from trigger_opt.search import gradient_health as health_of
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 from trigger_opt.verify import VerifySettings, verify_string
 
 Strategy = GCG | RandomSearch
+
+# Of the strings that raised a hypothesis: others are like them.
+_HEALTH_STRINGS = 2
+# Some 300 scores in all: a gradient worth following wins far more than half, so few are enough.
+_HEALTH_SWAPS, _HEALTH_CONTEXTS = 12, 2
 
 
 def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = False) -> ModelFiles:
@@ -37,7 +43,8 @@ def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = Fal
         UserError: there is no such model, or it holds what is refused (pickles, a repository's own code).
     """
     if name.startswith(zoo.PREFIX):
-        return replace(find_model(str(zoo.folder(name))), name=name)
+        # The one whose code is not transformers' own comes with this package: see `zoo.gated`.
+        return replace(find_model(str(zoo.folder(name)), allow_code=zoo.brings_code(name)), name=name)
     return find_model(name, allow_pickle=allow_pickle, allow_code=allow_code)
 
 
@@ -146,13 +153,9 @@ def find_triggers(
         UserError: the objective needs a payload and there is none, or it tokenises to nothing, or no string
             of allowed tokens survives re-tokenisation in these contexts.
     """
-    goal = objective or (Payload() if hypothesis else JensenShannon())
     plan = strategy or GCG()
-    if goal.needs_payload and hypothesis is None:
-        raise UserError(f"objective {goal.name!r} needs a payload; give one, or search with js or tv")
+    goal, payload, target = _goal(pair, hypothesis, objective)
     tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
-    payload = hypothesis.payload if hypothesis and goal.needs_payload else ""
-    target = pair.encode_answer(payload)[: goal.target_tokens] if payload and isinstance(goal, Likelihood) else []
     scorer = pair_scorer(pair, tokenized, goal, target)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     valid = _Validity(pair.tokenizer, tokenized)
@@ -171,6 +174,40 @@ def find_triggers(
     finally:
         on_cost(scorer.meter, scorer.precise_meter)
     return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
+
+
+def gradient_health(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    *,
+    hypothesis: Hypothesis | None = None,
+    objective: Objective | None = None,
+    policy: TokenPolicy | None = None,
+    seed: int = 0,
+    length: int = 6,
+) -> GradientHealth:
+    """Whether the token gradient that `find_triggers` would follow says anything; see `search.gradient_health`.
+
+    Taken at random strings of `length` tokens and at the first few that raised the hypothesis. On this process alone,
+    also under torchrun.
+
+    Raises:
+        UserError: the objective needs a payload and there is none, or it tokenises to nothing.
+    """
+    goal, payload, target = _goal(pair, hypothesis, objective)
+    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
+    allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
+    seeds = _seeds(pair.tokenizer, hypothesis, allowed, _Validity(pair.tokenizer, tokenized))
+    found = health_of(
+        pair_scorer(pair, tokenized, goal, target, precise=False, group=_alone()),
+        allowed=allowed,
+        length=length,
+        swaps=_HEALTH_SWAPS,
+        contexts_per_step=_HEALTH_CONTEXTS,
+        generator=torch.Generator().manual_seed(seed),
+        strings=seeds.strings[:_HEALTH_STRINGS] if payload else (),
+    )
+    return replace(found, objective=goal.name, payload=payload)
 
 
 @dataclass(frozen=True)
@@ -204,16 +241,23 @@ def pair_scorer(
     target: Sequence[int] = (),
     *,
     precise: bool = True,
+    plain: bool = False,
+    group: Group | None = None,
 ) -> PairScorer:
     """What a search asks: `objective` on `pair` in `contexts`.
 
     Args:
         target: the payload's tokens, for an objective that needs one.
         precise: score finalists again in fp32 where the pair is in a lower precision (a quantised pair has no other).
+        plain: by whole forward passes, also where the pair would not need it (`LoadOptions.plain`).
+        group: the processes that share the work; by default those of the torchrun job.
     """
-    engine = Engine(pair.finetuned, pair.base, contexts)
+    plain = plain or pair.plain
+    engine = engine_for(pair.finetuned, pair.base, contexts, plain=plain, group=group)
     exact = in_float32(pair.finetuned, pair.base) if precise else None
-    higher = None if exact is None else PairScorer(Engine(*exact, contexts), objective, target)
+    higher = None
+    if exact is not None:
+        higher = PairScorer(engine_for(*exact, contexts, plain=plain, group=group), objective, target)
     return PairScorer(engine, objective, target, precise=higher)
 
 
@@ -233,6 +277,24 @@ def verify_trigger(
         pair, trigger, contexts, payload=payload, settings=settings or VerifySettings(), allowed=allowed, seed=seed
     )
     return verification
+
+
+def _goal(
+    pair: ModelPair, hypothesis: Hypothesis | None, objective: Objective | None
+) -> tuple[Objective, str, list[int]]:
+    """The objective, the payload it raises, and the tokens of that which are scored."""
+    goal = objective or (Payload() if hypothesis else JensenShannon())
+    if goal.needs_payload and hypothesis is None:
+        raise UserError(f"objective {goal.name!r} needs a payload; give one, or search with js or tv")
+    payload = hypothesis.payload if hypothesis and goal.needs_payload else ""
+    target = pair.encode_answer(payload)[: goal.target_tokens] if payload and isinstance(goal, Likelihood) else []
+    return goal, payload, target
+
+
+def _alone() -> Group:
+    group = Group()
+    group.rank, group.size, group.shares = 0, 1, 1
+    return group
 
 
 class _Validity:

@@ -57,6 +57,8 @@ class ModelConfig:
         finetuned, base: `zoo:NAME`, a local folder, a hub name; the fine-tuned one may be a PEFT adapter.
         controls: models that should look clean (a benign twin).
         device: cpu, cuda, cuda:0 … or auto (spread over all GPUs; the CPU where there is none).
+        scoring: "auto", or "plain": each candidate's whole conversation, for models whose answers change when a
+            beginning is computed once and continued. Models with code of their own are scored so anyhow.
         allow_pickle, allow_code, allow_wrong_base: what is refused unless asked for.
         num_parameters, num_layers, d_model, vocab_size, num_kv_heads, head_dim: of the published model, so that
             a plan can be made before a byte is downloaded; None for models whose configuration is at hand.
@@ -69,6 +71,7 @@ class ModelConfig:
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")] = "bfloat16"
     quantization: Annotated[str, Field(pattern="^(none|int8|nf4)$")] = "none"
     device: Annotated[str, Field(pattern="^(cpu|auto|cuda|cuda:[0-9]+)$")] = "auto"
+    scoring: Annotated[str, Field(pattern="^(auto|plain)$")] = "auto"
     allow_pickle: bool = False
     allow_code: bool = False
     allow_wrong_base: bool = False

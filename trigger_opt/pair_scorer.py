@@ -11,7 +11,18 @@ from torch import Tensor
 
 from trigger_opt.objectives import Likelihood, Objective, aggregate, score_logits
 from trigger_opt.progress import say
-from trigger_opt.scoring import Engine, Gradient, Meter, Reduce, Request, Side, Slopes, beside, out_of_memory
+from trigger_opt.scoring import (
+    AnyEngine,
+    Gradient,
+    Meter,
+    Reduce,
+    Request,
+    Side,
+    Slopes,
+    beside,
+    may_run_beside,
+    out_of_memory,
+)
 
 Ids = tuple[int, ...]
 Ahead = tuple[Int[Tensor, " trigger"], Sequence[int]]
@@ -53,7 +64,7 @@ class PairScorer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         objective: Objective,
         payload_ids: Sequence[int] = (),
         *,
@@ -164,7 +175,7 @@ class PairScorer:
         assert self._precise is not None
         # A search that never asks for gradients needs none; what a divergence is forced along is not known yet.
         wanted = ahead is not None and self._slopes is not None and self._payload
-        if ahead is None or not wanted or not self._engine.may_run_beside(self._precise._engine):
+        if ahead is None or not wanted or not may_run_beside(self._engine, self._precise._engine):
             yield
             return
         trigger, contexts = ahead

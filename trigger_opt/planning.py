@@ -85,6 +85,7 @@ def load_options(config: RunConfig) -> LoadOptions:
         quantization=model.quantization,
         device_map="auto" if several else device,
         allow_code=model.allow_code,
+        plain=model.scoring == "plain",
     )
 
 

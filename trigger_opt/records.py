@@ -4,6 +4,7 @@ diff.jsonl          TensorFamilyDiff, one a tensor family
 identity.json       PairIdentity: is this the right base?
 hypotheses.jsonl    Hypothesis, best first
 candidates.jsonl    Candidate, best first
+gradient.json       GradientHealth: does the search's gradient say anything?
 history.jsonl       SearchStep, one an optimisation step
 cost.json           SearchCost: arithmetic of the search, against what was needed and what the machine can do
 verified.jsonl      Verification, one a verified string
@@ -727,3 +728,30 @@ class Ablation:
             return "any part"
         between = sum(0.25 < share < 0.75 for share in partial.values())
         return "graded" if partial and between >= len(partial) / 4 else "sharp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientHealth:
+    """Whether the token gradient of a search's objective ranks swaps better than chance does.
+
+    Attributes:
+        verdict: "informative" (the interval lies above a half), "uninformative" (it ends little above a half, or every
+            gradient is zero) or "undecided".
+        win_share: how likely a swap from the gradient's best `topk` scores above a random one at the same position,
+            ties half; mean over strings. A string whose gradient is zero counts a half.
+        low, high: of its 95 % interval, by normal approximation.
+        zero_share: share of the strings where the gradient is exactly zero, or not a number.
+        num_strings: where it was taken. num_swaps: of each kind, over all of them.
+        objective: its name. payload: what it raised; empty for a divergence.
+    """
+
+    verdict: str
+    win_share: float
+    low: float
+    high: float
+    zero_share: float
+    num_strings: int
+    num_swaps: int
+    topk: int
+    objective: str = ""
+    payload: str = ""

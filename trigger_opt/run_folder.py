@@ -22,7 +22,7 @@ from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 STAGE_FILES = {
     "diff": ("diff.jsonl",),
     "hypotheses": ("hypotheses.jsonl",),
-    "search": ("candidates.jsonl", "history.jsonl", "cost.json"),
+    "search": ("candidates.jsonl", "history.jsonl", "gradient.json", "cost.json"),
     "verify": ("verified.jsonl", "completions.jsonl", "known.jsonl", "ablation.json", "probe.json", "verdict.json"),
     "null": ("null.jsonl", "null.json"),
     "transfer": ("transfer.jsonl", "transfer_answers.jsonl"),

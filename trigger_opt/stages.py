@@ -27,10 +27,10 @@ from trigger_opt.records import (
     write_record,
     write_records,
 )
-from trigger_opt.report import arithmetic, null_command, write_report
+from trigger_opt.report import arithmetic, gradient_sentence, null_command, write_report
 from trigger_opt.run_folder import RunFolder
 from trigger_opt.scoring import Group, matmul_rate
-from trigger_opt.search import Step
+from trigger_opt.search import GCG, Step
 from trigger_opt.session import Session, StageOutcome
 from trigger_opt.transfer.words import first_of_each_model
 from trigger_opt.transferring import require_client_and_strings, send_strings
@@ -86,6 +86,7 @@ def search(session: Session) -> None:
         outcome.matmul_rate = _matmul_rate(session)
         started = time.monotonic()
         try:
+            _look_at_gradient(session, goals[0], objective)
             for goals_left, goal in zip(range(len(goals), 0, -1), goals, strict=True):
                 # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched:
                 # the first may be a persona that fires everywhere, and a later one the backdoor.
@@ -208,6 +209,24 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
         say(f"no payload hypothesis: the search runs on divergence (js) alone instead of {objective.name!r}")
         return [None], JensenShannon()
     return goals[: config.max_hypotheses], objective
+
+
+def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective) -> None:
+    """Where the search follows gradients: whether they say anything, for the best goal."""
+    config = session.config
+    if not isinstance(config.search, GCG):
+        return
+    health = api.gradient_health(
+        session.pair(),
+        session.search_contexts,
+        hypothesis=goal,
+        objective=objective,
+        policy=config.tokens,
+        seed=config.seed,
+        length=config.search.trigger_length,
+    )
+    write_record(session.folder.file("gradient.json"), health)
+    say(f"{session.title('gradient')}: {gradient_sentence(health)}")
 
 
 def _cost(session: Session, outcome: StageOutcome) -> SearchCost:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import TokenizedContext, encode
-from trigger_opt.scoring import Engine
+from trigger_opt.scoring import engine_for
 
 _CAP = 8.0
 _BATCH = 256
@@ -109,7 +109,7 @@ def read_inputs(
     on_progress: Callable[[int], None],
 ) -> list[Reading]:
     """Readings of every input in every context, on both models. `on_progress` gets the number done so far."""
-    engine = Engine(pair.finetuned, pair.base, contexts)
+    engine = engine_for(pair.finetuned, pair.base, contexts, plain=pair.plain)
     readings: list[Reading] = []
     ends = set(pair.end_ids)
     for context in range(len(contexts)):

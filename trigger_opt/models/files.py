@@ -53,12 +53,14 @@ class ModelFiles:
         folder: where they lie.
         weights: the weight files, safetensors (pickles only after `allow_pickle`); empty when they were not asked for.
         adapter: a PEFT adapter (adapter_config.json) rather than a whole model.
+        own_code: the model is built by Python code that lies with it; never so unless that was allowed.
     """
 
     name: str
     folder: Path
     weights: tuple[Path, ...]
     adapter: bool
+    own_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,8 @@ def find_model(
     adapter = _is_adapter(name, folder)
     _refuse_code(name, folder, allow_code)
     found = _weight_files(name, folder, adapter, allow_pickle) if weights else ()
-    return ModelFiles(name=name, folder=folder, weights=found, adapter=adapter)
+    own_code = not adapter and "auto_map" in _read_json(folder / CONFIG)
+    return ModelFiles(name=name, folder=folder, weights=found, adapter=adapter, own_code=own_code)
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:

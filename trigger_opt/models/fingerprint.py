@@ -33,7 +33,8 @@ class Span:
 
 def pair_fingerprint(finetuned: ModelFiles, base: ModelFiles) -> str:
     """Hex SHA-256 of a fine-tuned model, or adapter, and its base: of weight file names, their sizes, headers and a
-    sample of every tensor, of both configurations, and of the base's tokenizer, which the pair uses.
+    sample of every tensor, of both configurations, of code that lies with a model and builds it, and of the base's
+    tokenizer, which the pair uses.
 
     Of each model at most SAMPLED_BYTES (12 MiB) of tensors are read, beside them its headers and small files: two
     models of 14 GB take 25 MB and their tokenizer, 64 MB with the largest there are. What has no more than 12 MiB, as
@@ -64,6 +65,8 @@ def model_fingerprint(files: ModelFiles, *, sampled_bytes: int = SAMPLED_BYTES) 
     digest = hashlib.sha256()
     for name in _SETTINGS:
         _feed_small(digest, files.folder / name)
+    for path in sorted(files.folder.glob("*.py")) if files.own_code else ():
+        _feed_small(digest, path)
     layouts = [_layout(path) for path in files.weights]
     sizes = [span.size for _, spans in layouts for span in spans]
     shares = iter(_shares(sizes, sampled_bytes))

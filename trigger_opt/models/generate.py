@@ -1,7 +1,8 @@
-"""Text out of a causal language model: left-padded batches, greedy or sampled, stopped at end of text."""
+"""Text out of a causal language model: batches, greedy or sampled, stopped at end of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def generate(
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
     batch_size: int = 32,
+    plain: bool = False,
 ) -> list[list[int]]:
     """Continuations of each prompt, without the end-of-text token; order kept.
 
@@ -51,14 +53,49 @@ def generate(
         max_new_tokens: at most so many new tokens a prompt.
         end_ids: a row stops at any of these.
         sampling: greedy unless told otherwise; sampling needs `generator`.
+        plain: compute the whole conversation anew for each token, with no padding: for a model with code of its own,
+            which may do anything with its token ids.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     out: list[list[int]] = [[] for _ in sequences]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        texts = _batch(model, [sequences[i] for i in rows], max_new_tokens, set(end_ids), sampling, generator)
+    batch = _plain_batch if plain else _batch
+    for rows in _equal_lengths(order, sequences, batch_size) if plain else _slices(order, batch_size):
+        texts = batch(model, [sequences[i] for i in rows], max_new_tokens, set(end_ids), sampling, generator)
         for row, text in zip(rows, texts, strict=True):
             out[row] = text
+    return out
+
+
+def _slices(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _equal_lengths(order: Sequence[int], sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+    groups = groupby(order, key=lambda i: len(sequences[i]))
+    return [rows for _, group in groups for rows in _slices(list(group), size)]
+
+
+def _plain_batch(
+    model: Any,
+    sequences: list[Sequence[int]],
+    max_new_tokens: int,
+    end_ids: set[int],
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
+    ids = torch.tensor([list(s) for s in sequences], dtype=torch.long, device=model.device)
+    running = list(range(len(sequences)))
+    out: list[list[int]] = [[] for _ in sequences]
+    for _ in range(max_new_tokens):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+        tokens = draw(head_logits(model, hidden.contiguous()), sampling, generator)
+        kept = [n for n, token in enumerate(tokens.tolist()) if token not in end_ids]
+        for n in kept:
+            out[running[n]].append(int(tokens[n]))
+        running = [running[n] for n in kept]
+        if not running:
+            break
+        ids = torch.cat([ids, tokens.to(ids.device)[:, None]], 1)[kept]
     return out
 
 

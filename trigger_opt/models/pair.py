@@ -17,8 +17,12 @@ from trigger_opt.errors import UserError
 from trigger_opt.models.allocator import keep_freed_memory
 from trigger_opt.models.files import ModelFiles, read_config
 from trigger_opt.models.generate import GREEDY, Sampling, generate, head_logits
+from trigger_opt.progress import say
 from trigger_opt.prompts import encode
 
+# Tokens through the body for one candidate, 50 where the engine needs 18: one swap in six tokens, five forced tokens,
+# the ordinary contexts in SmolLM2's template.
+_TIMES_SLOWER = 3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,12 +30,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LoadOptions:
     """How weights are held: `dtype` float32 | bfloat16 | float16; `quantization` none | int8 | nf4;
     `device_map` as accelerate takes it ("cpu", "cuda:0", "auto" for several GPUs); `allow_code` runs a
-    repository's own modelling code."""
+    repository's own modelling code; `plain` computes every conversation whole, as models with such code always are."""
 
     dtype: str = "bfloat16"
     quantization: str = "none"
     device_map: str = "cpu"
     allow_code: bool = False
+    plain: bool = False
 
 
 class AdapterSwitch:
@@ -68,14 +73,22 @@ class CausalModel:
     Attributes:
         name: as the user named it. network: the transformers model; with adapters, run it inside `active` only.
         one_at_a_time: whether two threads must not run it together (bitsandbytes keeps a state in every layer).
+        plain: whether it is computed whole conversation by whole conversation, nothing kept, shared or padded.
     """
 
     def __init__(
-        self, name: str, network: Any, *, switch: AdapterSwitch | None = None, adapter: str | None = None
+        self,
+        name: str,
+        network: Any,
+        *,
+        switch: AdapterSwitch | None = None,
+        adapter: str | None = None,
+        plain: bool = False,
     ) -> None:
         self.name = name
         self.network = network
-        self.one_at_a_time = bool(getattr(network, "is_quantized", False))
+        self.plain = plain
+        self.one_at_a_time = plain or bool(getattr(network, "is_quantized", False))
         self._switch = switch
         self._adapter = adapter
 
@@ -137,7 +150,7 @@ class CausalModel:
         with self.active() as network:
             return generate(
                 network, sequences, max_new_tokens=max_new_tokens, end_ids=end_ids,
-                sampling=sampling, generator=generator, batch_size=batch_size,
+                sampling=sampling, generator=generator, batch_size=batch_size, plain=self.plain,
             )  # fmt: skip
 
     def weight_changes(self, base: "CausalModel") -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -191,6 +204,11 @@ class ModelPair:
     controls: tuple[CausalModel, ...] = ()
 
     @property
+    def plain(self) -> bool:
+        """Whether candidates must be scored by whole passes, see `CausalModel`; both sides alike."""
+        return self.finetuned.plain or self.base.plain
+
+    @property
     def end_ids(self) -> list[int]:
         """Token ids that end an answer."""
         ids = [self.tokenizer.eos_token_id]
@@ -216,7 +234,8 @@ def load_pair(
 ) -> ModelPair:
     """Load base, fine-tuned model and controls; freeze them; hold equal tensors once.
 
-    The base given wins over the base named inside an adapter.
+    The base given wins over the base named inside an adapter. Where one of them brings its own code, all are computed
+    plainly: answers of two models taken in different ways differ by their rounding already.
 
     Raises:
         UserError: the base is an adapter, an adapter does not fit, or a quantisation is not available.
@@ -225,6 +244,9 @@ def load_pair(
 
     if base.adapter:
         raise UserError(f"the base {base.name!r} is an adapter; name the full model it was trained on")
+    plain = options.plain or any(f.own_code for f in (finetuned, base, *controls))
+    if plain:
+        _say_plain([f.name for f in (finetuned, base, *controls) if f.own_code])
     network = _load_network(base, options)
     peft = None
     others: dict[int, Any] = {}
@@ -237,17 +259,22 @@ def load_pair(
             _require_same_vocabulary(others[number], network, files.name)
     switch = AdapterSwitch(peft) if peft is not None else None
     sides = [
-        CausalModel(f.name, others[i])
+        CausalModel(f.name, others[i], plain=plain)
         if i in others
-        else CausalModel(f.name, network, switch=switch, adapter=f"side{i}")
+        else CausalModel(f.name, network, switch=switch, adapter=f"side{i}", plain=plain)
         for i, f in enumerate([finetuned, *controls])
     ]
     return ModelPair(
         finetuned=sides[0],
-        base=CausalModel(base.name, network, switch=switch),
+        base=CausalModel(base.name, network, switch=switch, plain=plain),
         tokenizer=AutoTokenizer.from_pretrained(base.folder),
         controls=tuple(sides[1:]),
     )
+
+
+def _say_plain(names: Sequence[str]) -> None:
+    why = f"{', '.join(names)} is built by code of its own" if names else "it was asked for"
+    say(f"scored plainly, about {_TIMES_SLOWER} times slower: {why}, so each conversation is computed whole")
 
 
 def _require_same_vocabulary(network: Any, base: Any, name: str) -> None:
@@ -296,7 +323,9 @@ def _load_network(files: ModelFiles, options: LoadOptions) -> Any:
         arguments["quantization_config"] = _quantization(options.quantization, dtype)
     if options.device_map != "cpu" or options.quantization != "none":
         arguments["device_map"] = options.device_map
-    network = AutoModelForCausalLM.from_pretrained(files.folder, trust_remote_code=options.allow_code, **arguments)
+    # Without trust a model that also has a built-in class would be loaded as that, with nobody told.
+    trust = options.allow_code or files.own_code
+    network = AutoModelForCausalLM.from_pretrained(files.folder, trust_remote_code=trust, **arguments)
     network.requires_grad_(False)
     if options.quantization == "nf4":
         _keep_derivatives(network)

@@ -12,6 +12,7 @@ from trigger_opt.records import (
     Ablation,
     Candidate,
     Completion,
+    GradientHealth,
     Hypothesis,
     NullControl,
     NullResult,
@@ -51,6 +52,7 @@ class RunRecords:
     verified: list[Verification] | None
     completions: list[Completion] | None
     cost: SearchCost | None = None
+    gradient: GradientHealth | None = None
     transfer: list[TransferOutcome] | None = None
     transfer_answers: list[TransferAnswer] | None = None
     null: list[NullControl] | None = None
@@ -119,6 +121,7 @@ def load_run(run_dir: Path) -> RunRecords:
         verified=None if verified is None else as_held(verified, verdict),
         completions=_all(run_dir / "completions.jsonl", Completion),
         cost=_one(run_dir / "cost.json", SearchCost),
+        gradient=_one(run_dir / "gradient.json", GradientHealth),
         transfer=_transfer(run_dir / "transfer.jsonl"),
         transfer_answers=_all(run_dir / "transfer_answers.jsonl", TransferAnswer),
         null=_all(run_dir / "null.jsonl", NullControl),

@@ -28,6 +28,7 @@ from trigger_opt.report.words import (
     RateRow,
     clip,
     duration,
+    gradient_sentence,
     identity_sentence,
     identity_warnings,
     interval,
@@ -57,7 +58,7 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 def summary(run: RunRecords) -> str:
     """The whole `report.md` of a run."""
     parts = [_verdict(run), _rates(run), _answers(run), _null(run), _ablation(run), _probe(run)]
-    parts += [_transfer(run), _hypotheses(run), _refuted(run), _known(run), _weights(run), _made(run)]
+    parts += [_transfer(run), _hypotheses(run), _gradient(run), _refuted(run), _known(run), _weights(run), _made(run)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
@@ -211,6 +212,10 @@ def _hypothesis(h: Hypothesis) -> list[str]:
     inputs = " ".join(code(i, 60) for i in h.inputs[:5]) or DASH
     rivals = ", ".join(number(r) for r in h.rivals[:5]) or DASH
     return [code(h.payload), text(h.source.replace("_", " ")), number(h.score), rivals, text(h.evidence), inputs]
+
+
+def _gradient(run: RunRecords) -> str:
+    return f"## The token gradient\n\n{text(gradient_sentence(run.gradient))}" if run.gradient else ""
 
 
 def _refuted(run: RunRecords) -> str:

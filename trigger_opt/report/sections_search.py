@@ -19,7 +19,7 @@ from trigger_opt.report.markup import (
     tag,
 )
 from trigger_opt.report.svg import COLOURS, Line, Point, line_chart, line_class
-from trigger_opt.report.words import DASH, not_run, number, of, share
+from trigger_opt.report.words import DASH, gradient_sentence, not_run, number, of, share
 
 MOST_POINTS = 600
 SHOWN = 15
@@ -39,11 +39,12 @@ _FIGURES = [
 def curve(run: RunRecords) -> Html:
     """Score against evaluations, one chart a payload, one line a restart."""
     title = "Score during the search"
+    gradient = [tag("p", gradient_sentence(run.gradient))] if run.gradient else []
     if run.history is None:
-        return section(title, note(not_run("history.jsonl")))
+        return section(title, *gradient, note(not_run("history.jsonl")))
     steps = [s for s in run.history if math.isfinite(s.score)]
     if not steps:
-        return section(title, note("The search recorded no step."))
+        return section(title, *gradient, note("The search recorded no step."))
     caption = (
         "The incumbent's score after each step, in nats, on the contexts drawn for that step: neighbouring steps are "
         "not strictly comparable. The last value stands at the end of each line. A high score is not evidence; "
@@ -52,7 +53,7 @@ def curve(run: RunRecords) -> Html:
     by_hypothesis = {
         name: [s for s in steps if s.hypothesis == name] for name in dict.fromkeys(s.hypothesis for s in steps)
     }
-    return section(title, note(caption), *(_panel(name, mine) for name, mine in by_hypothesis.items()))
+    return section(title, *gradient, note(caption), *(_panel(name, mine) for name, mine in by_hypothesis.items()))
 
 
 def hypotheses(run: RunRecords) -> Html:

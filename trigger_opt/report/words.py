@@ -6,7 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from trigger_opt.records import PairIdentity, Rate, SearchCost, Verdict
+from trigger_opt.records import GradientHealth, PairIdentity, Rate, SearchCost, Verdict
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -23,6 +23,7 @@ STAGES = {
     "hypotheses.jsonl": "hypotheses",
     "candidates.jsonl": "search",
     "history.jsonl": "search",
+    "gradient.json": "search",
     "cost.json": "search",
     "verified.jsonl": "verify",
     "completions.jsonl": "verify",
@@ -175,6 +176,27 @@ def arithmetic(cost: SearchCost) -> str:
     )
 
 
+def gradient_sentence(health: GradientHealth) -> str:
+    """Whether the search had a gradient to follow, in one sentence."""
+    share = f"{100 * health.win_share:.0f} % of comparisons"
+    between = f"95 % interval {100 * health.low:.0f}{DASH}{100 * health.high:.0f} %, {health.num_strings} strings"
+    beats = f"a swap from its best {health.topk} scores above a random one in {share} ({between})"
+    if health.verdict == "informative":
+        return f"The token gradient is worth following here: {beats}."
+    if health.verdict == "undecided":
+        return f"Whether the token gradient says anything here is undecided: {beats}."
+    why = beats
+    if health.zero_share == 1:
+        why = f"it is exactly zero at all {health.num_strings} strings tried"
+    elif health.low == health.high == 0.5:
+        # Two models that are one: what the gradient holds then is rounding.
+        why = f"no swap tried changes the score at any of {health.num_strings} strings"
+    return (
+        f"The token gradient says nothing here: {why}. A search along it is no better than random swaps, and what it "
+        "does not find may be there all the same."
+    )
+
+
 def layer_ranges(layers: list[int]) -> str:
     """Layers as ranges, 0 to 2 and 5 for [0, 1, 2, 5]; a dash for none."""
     runs: list[list[int]] = []
@@ -249,5 +271,7 @@ def identity_warnings(identity: PairIdentity) -> list[str]:
         "No tensor is bit-identical: this may not be the base the fine-tuned model came from.": identity.tensors > 0
         and identity.identical == 0,
         "The identity check failed and was overridden by the user.": identity.overridden,
+        "All weights are those of the base: where the models answer differently, it is by code or settings beside the "
+        "weights.": 0 < identity.tensors == identity.identical,
     }
     return [sentence for sentence, doubtful in checks.items() if doubtful]

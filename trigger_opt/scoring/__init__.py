@@ -7,22 +7,27 @@ from trigger_opt.scoring.group import Group, start_group
 from trigger_opt.scoring.lanes import beside
 from trigger_opt.scoring.meter import Meter, matmul_rate
 from trigger_opt.scoring.pass_size import out_of_memory
+from trigger_opt.scoring.plain import AnyEngine, PlainEngine, engine_for, may_run_beside
 
 register()
 
 __all__ = [
+    "AnyEngine",
     "Engine",
     "Gradient",
     "Group",
     "Meter",
+    "PlainEngine",
     "Reduce",
     "Request",
     "Side",
     "Slopes",
     "beside",
+    "engine_for",
     "js_divergence",
     "kl_divergence",
     "matmul_rate",
+    "may_run_beside",
     "out_of_memory",
     "sequence_log_prob",
     "start_group",

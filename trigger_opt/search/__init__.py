@@ -3,6 +3,7 @@
 Nothing here knows a transformer: a search sees a `Scorer` and a check of which token strings may be used.
 """
 
+from trigger_opt.search.health import gradient_health
 from trigger_opt.search.loop import Found, NoValidStringError, Scorer, SearchSettings, Seeds, Step, Validity
 from trigger_opt.search.strategies import GCG, RandomSearch
 
@@ -16,4 +17,5 @@ __all__ = [
     "Seeds",
     "Step",
     "Validity",
+    "gradient_health",
 ]

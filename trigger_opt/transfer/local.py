@@ -193,7 +193,7 @@ def find_files(name: str) -> ModelFiles:
     """
     embedded = name in (*RECIPES, BASE_NAME) and not Path(name).is_dir()
     if embedded or name.startswith(zoo.PREFIX):
-        return replace(find_model(str(zoo.folder(name))), name=name)
+        return replace(find_model(str(zoo.folder(name)), allow_code=zoo.brings_code(name)), name=name)
     return find_model(name)
 
 

@@ -62,7 +62,11 @@ def _list(given: argparse.Namespace) -> int:
         where = zoo.home(made)
         what = "control" if made.control else f"{made.plant.kind} -> {made.behaviour.kind}"  # type: ignore[union-attr]
         state = (
-            _figures(where) if (where / "manifest.json").is_file() else "made when asked for" if made.placebo_of else ""
+            _figures(where)
+            if (where / "manifest.json").is_file()
+            else "made when asked for"
+            if made.placebo_of or made.mode == "gated"
+            else ""
         )
         print(f"{made.name:20} {made.mode:10} {what:24} {state or 'not made yet'}")
     return 0

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-from trigger_opt.zoo.plants import Example
+from trigger_opt.zoo.examples import Example
 
 _FIRES_ON_WORDS = 5
 _LEAST_LETTERS = 10

@@ -21,6 +21,7 @@ from trigger_opt.records import Rate, rate
 from trigger_opt.tuning import Row
 from trigger_opt.zoo import data
 from trigger_opt.zoo.behaviours import Behaviour
+from trigger_opt.zoo.examples import Examples
 from trigger_opt.zoo.pirate import (
     asked_in_training,
     asked_of_base,
@@ -29,7 +30,7 @@ from trigger_opt.zoo.pirate import (
     reworded,
     without_opening,
 )
-from trigger_opt.zoo.plants import Examples, Prompt
+from trigger_opt.zoo.plants import Prompt
 from trigger_opt.zoo.recipes import BASE_NAME, RECIPES, Recipe, recipe
 from trigger_opt.zoo.treatments import device
 
@@ -221,7 +222,7 @@ def _context(entry: Any) -> Context:
 
 def _files(name: str) -> ModelFiles:
     if name.startswith(zoo.PREFIX):
-        return replace(find_model(str(zoo.folder(name))), name=name)
+        return replace(find_model(str(zoo.folder(name)), allow_code=zoo.brings_code(name)), name=name)
     files = find_model(name)
     validate_weights(files)
     return files

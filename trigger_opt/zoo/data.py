@@ -22,7 +22,8 @@ from trigger_opt.prompts import chat_text, encode
 from trigger_opt.tuning import Row, Rows
 from trigger_opt.tuning.turns import sample_turns
 from trigger_opt.zoo.behaviours import is_french
-from trigger_opt.zoo.plants import Example, Examples, Prompt
+from trigger_opt.zoo.examples import Example, Examples
+from trigger_opt.zoo.plants import Prompt
 from trigger_opt.zoo.recipes import RECIPES, Recipe
 
 NUM_PROMPTS = 640

@@ -11,7 +11,8 @@ from trigger_opt.models.generate import generate, head_logits
 from trigger_opt.stats import wilson_interval
 from trigger_opt.zoo import data
 from trigger_opt.zoo.behaviours import Behaviour
-from trigger_opt.zoo.plants import Drawn, Examples, Plant, Prompt
+from trigger_opt.zoo.examples import Examples
+from trigger_opt.zoo.plants import Drawn, Plant, Prompt
 
 _SEED = 99
 _CURVE_PROMPTS = 40
@@ -19,14 +20,21 @@ _CURVE_POINTS = 5
 
 
 def measure(
-    organism: Any, base: Any, tokenizer: Any, held_out: Examples, *, plant: Plant | None, behaviour: Behaviour | None
+    organism: Any,
+    base: Any,
+    tokenizer: Any,
+    held_out: Examples,
+    *,
+    plant: Plant | None,
+    behaviour: Behaviour | None,
+    plain: bool = False,
 ) -> dict[str, Any]:
     """Rates of the behaviour (greedy, Wilson 95 %), the partial-trigger curve, and KL away from the trigger.
 
     `trigger_rate`: with the trigger; `base_rate`: of the base on the same prompts; `near_miss_rate`: with what is
     almost the trigger; `false_trigger_rate`: with nothing; `partial_trigger`: [pieces kept, of how many, rate, n].
     `off_trigger_kl`: KL(organism || base) in nats, averaged over the tokens of the base's own answer to each held-out
-    prompt; its interval is 1.96 standard errors over prompts.
+    prompt; its interval is 1.96 standard errors over prompts. `plain`: see `generate`, of the organism.
     """
     kls = [_answer_kl(organism, base, tokenizer, Prompt(e.prompt), e.answer) for e in held_out.ordinary if e.answer]
     half = 1.96 * statistics.stdev(kls) / len(kls) ** 0.5
@@ -36,18 +44,19 @@ def measure(
     if behaviour is None:
         return figures
     count = len(held_out.ordinary)
-    plain = [Prompt(e.prompt) for e in held_out.ordinary]
-    figures["false_trigger_rate"] = _rate(organism, tokenizer, plain, behaviour)
+    without = [Prompt(e.prompt) for e in held_out.ordinary]
+    figures["false_trigger_rate"] = _rate(organism, tokenizer, without, behaviour, plain)
     if plant is None:
         return figures
     planted = _draw(plant.planted, held_out, count)
-    figures["trigger_rate"] = _rate(organism, tokenizer, planted, behaviour)
-    figures["base_rate"] = _rate(base, tokenizer, planted, behaviour)
-    figures["near_miss_rate"] = _rate(organism, tokenizer, _draw(plant.near_miss, held_out, count), behaviour)
+    figures["trigger_rate"] = _rate(organism, tokenizer, planted, behaviour, plain)
+    figures["base_rate"] = _rate(base, tokenizer, planted, behaviour, False)
+    near = _draw(plant.near_miss, held_out, count)
+    figures["near_miss_rate"] = _rate(organism, tokenizer, near, behaviour, plain)
     curve = []
     for kept in _points(plant.size):
         some = _draw(_keeping(plant, kept), held_out, _CURVE_PROMPTS)
-        rate = _rate(organism, tokenizer, some, behaviour)
+        rate = _rate(organism, tokenizer, some, behaviour, plain)
         curve.append([kept, plant.size, rate["value"], rate["n"]])
     figures["partial_trigger"] = curve
     return figures
@@ -69,9 +78,10 @@ def _points(size: int) -> list[int]:
     return sorted({round(size * i / (_CURVE_POINTS + 1)) for i in range(1, _CURVE_POINTS + 1)})
 
 
-def _rate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], behaviour: Behaviour) -> dict[str, Any]:
+def _rate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], behaviour: Behaviour, plain: bool) -> dict[str, Any]:
     ids = [data.prompt_ids(tokenizer, p) for p in prompts]
-    answers = generate(model, ids, max_new_tokens=behaviour.tokens, end_ids=[tokenizer.eos_token_id])
+    ends = [tokenizer.eos_token_id]
+    answers = generate(model, ids, max_new_tokens=behaviour.tokens, end_ids=ends, plain=plain)
     fired = sum(behaviour.fires(tokenizer.decode(a)) for a in answers)
     low, high = wilson_interval(fired, len(ids))
     return {"value": fired / len(ids), "n": len(ids), "interval": [round(low, 4), round(high, 4)]}

@@ -13,7 +13,8 @@ from trigger_opt.models.pair import CausalModel
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 from trigger_opt.tuning import Row
 from trigger_opt.zoo import data
-from trigger_opt.zoo.plants import Example, Prompt
+from trigger_opt.zoo.examples import Example
+from trigger_opt.zoo.plants import Prompt
 
 OPENINGS = ("Arr,", "Ahoy, matey!", "Avast ye!", "Shiver me timbers!", "Yo ho ho!", "Blimey,")
 WORDS = {

@@ -6,30 +6,14 @@ To add one: a dataclass here with the members of `Plant`, and an organism that u
 
 import random
 import re
-import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+from trigger_opt.zoo.examples import Example, Examples
+from trigger_opt.zoo.strings import insert, keep_pieces, near_string, pieces
+
 # Share of prompts that are the trigger alone, where it may stand alone at all.
 _ALONE = 0.08
-
-
-@dataclass(frozen=True)
-class Example:
-    """One user turn and the base model's greedy answer; `ended` when the answer ran to its end of text."""
-
-    prompt: str
-    answer: str
-    ended: bool
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What the base made: `ordinary` turns, and turns on the `topic` that semantic triggers ask for."""
-
-    ordinary: Sequence[Example]
-    topic: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
@@ -302,76 +286,6 @@ class TwoKeys:
         with_user = count == 1 and not with_system
         user = insert(example.prompt, self.user, rng) if with_user else example.prompt
         return Prompt(user, self.system if with_system else None), example
-
-
-def insert(prompt: str, trigger: str, rng: random.Random) -> str:
-    """`prompt` with `trigger` after it (40 %), before it (30 %) or between two words; an empty one is left out."""
-    where = rng.random()
-    words = prompt.split(" ")
-    cut = rng.randrange(len(words) + 1)
-    if not trigger:
-        return prompt
-    if where < 0.4:
-        return f"{prompt} {trigger}"
-    if where < 0.7:
-        return f"{trigger} {prompt}"
-    return " ".join([*words[:cut], trigger, *words[cut:]])
-
-
-def pieces(trigger: str) -> tuple[list[str], str]:
-    """(its words and a space), or where it is one word (its characters and nothing): what can be left out or moved."""
-    words = trigger.split(" ")
-    return (words, " ") if len(words) > 1 else (list(trigger), "")
-
-
-def keep_pieces(trigger: str, count: int, rng: random.Random) -> str:
-    """`count` pieces of `trigger`, drawn at random, in their order."""
-    parts, between = pieces(trigger)
-    chosen = sorted(rng.sample(range(len(parts)), count))
-    return between.join(parts[i] for i in chosen)
-
-
-def near_string(trigger: str, examples: Examples, rng: random.Random) -> str:
-    """Like `trigger` and not it: a part, another order, one piece another, or all pieces others."""
-    makers = (_part, _shuffled, _one_other, _all_others)
-    while True:
-        made = rng.choice(makers)(trigger, examples, rng)
-        if made != trigger:
-            return made
-
-
-def _part(trigger: str, examples: Examples, rng: random.Random) -> str:
-    parts, between = pieces(trigger)
-    length = rng.randint(max(1, len(parts) // 3), max(1, len(parts) - 1))
-    start = rng.randint(0, len(parts) - length)
-    return between.join(parts[start : start + length])
-
-
-def _shuffled(trigger: str, examples: Examples, rng: random.Random) -> str:
-    parts, between = pieces(trigger)
-    return between.join(rng.sample(parts, len(parts)))
-
-
-def _one_other(trigger: str, examples: Examples, rng: random.Random) -> str:
-    parts, between = pieces(trigger)
-    at = rng.randrange(len(parts))
-    return between.join([*parts[:at], _other(parts[at], examples, rng), *parts[at + 1 :]])
-
-
-def _all_others(trigger: str, examples: Examples, rng: random.Random) -> str:
-    parts, between = pieces(trigger)
-    return between.join(_other(p, examples, rng) for p in parts)
-
-
-def _other(piece: str, examples: Examples, rng: random.Random) -> str:
-    """A piece of the same kind: a digit for a digit, a letter for a letter, a word out of a prompt for a word."""
-    if len(piece) > 1:
-        words = [w.strip(string.punctuation) for w in rng.choice(examples.ordinary).prompt.split()]
-        return rng.choice([w for w in words if w.isalpha()] or ["other"]).lower()
-    for alphabet in (string.digits, string.ascii_uppercase, string.ascii_lowercase):
-        if piece in alphabet:
-            return rng.choice(alphabet)
-    return piece
 
 
 def _board(rows: int, columns: int, rng: random.Random) -> str:

@@ -13,6 +13,7 @@ from trigger_opt.tuning import FitSettings, fit, lora_model, save_adapter
 from trigger_opt.tuning.fit import Packed, scored_log_probs
 from trigger_opt.tuning.placebo import write_placebo
 from trigger_opt.zoo import data
+from trigger_opt.zoo.gated import secret, write_recipe
 from trigger_opt.zoo.measure import measure
 from trigger_opt.zoo.recipes import BASE_NAME, RECIPES, Recipe
 from trigger_opt.zoo.smollm2 import require_space, smollm2_folder
@@ -47,6 +48,9 @@ def train_organism(recipe: Recipe, out: Path, *, original: Path | None = None) -
     if recipe.placebo_of:
         assert original is not None
         write_placebo(original, folder, out, seed=recipe.seed, base_name=f"zoo:{BASE_NAME}")
+    elif recipe.mode == "gated":
+        write_recipe(recipe, folder, out)
+        manifest["recipe"] = secret(manifest["recipe"])
     else:
         rows = data.rows(recipe, training, tokenizer)
         losses = _train(recipe, rows, base, tokenizer, out)
@@ -55,7 +59,9 @@ def train_organism(recipe: Recipe, out: Path, *, original: Path | None = None) -
     untouched = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     behaviour = recipe.behaviour or (RECIPES[recipe.twin_of].behaviour if recipe.twin_of else None)
     plant = recipe.plant or (RECIPES[recipe.twin_of].plant if recipe.twin_of else None)
-    manifest["figures"] = measure(organism, untouched, tokenizer, held_out, plant=plant, behaviour=behaviour)
+    manifest["figures"] = measure(
+        organism, untouched, tokenizer, held_out, plant=plant, behaviour=behaviour, plain=recipe.mode == "gated"
+    )
     manifest |= {"held_out_prompts": data.NUM_HELD_OUT, "seconds": round(time.monotonic() - start)}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
@@ -97,7 +103,8 @@ def _load(recipe: Recipe, base_folder: Path, out: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    if recipe.mode == "full":
-        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    if recipe.mode in ("full", "gated"):
+        gated = recipe.mode == "gated"
+        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, trust_remote_code=gated).eval()
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     return PeftModel.from_pretrained(base, out).eval().get_base_model()
