@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny_pair import TinyPair
+from tests.tiny_pair import TinyPair, shared_folder
 from trigger_opt.models.generate import generate
 from trigger_opt.prompts import Context, conversation_ids, encode
 from trigger_opt.tuning import FitSettings, Row, Rows, fit, lora_model, save_adapter
@@ -31,12 +31,13 @@ class PlantedPair:
     twin: Path
 
 
-def planted_pair(tiny: TinyPair, root: Path) -> PlantedPair:
-    """The pair, made below `root` by the first who asks; read-only."""
-    made = PlantedPair(tiny.base, root / "planted", root / "planted-twin")
-    if not made.twin.is_dir():
-        _train(tiny.base, made.finetuned, twin=False)
-        _train(tiny.base, made.twin, twin=True)
+def planted_pair(tiny: TinyPair, base_temp: Path) -> PlantedPair:
+    """The pair of a test session, made by the first test module that asks; read-only."""
+    with shared_folder(base_temp) as root:
+        made = PlantedPair(tiny.base, root / "planted", root / "planted-twin")
+        if not made.twin.is_dir():
+            _train(tiny.base, made.finetuned, twin=False)
+            _train(tiny.base, made.twin, twin=True)
     return made
 
 

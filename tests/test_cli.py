@@ -332,7 +332,6 @@ def _start(*command: str, cwd: Path) -> "subprocess.Popen[str]":
 def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
     """What only a process of its own shows: exit codes, both streams, and Ctrl-C by signal."""
     mistaken = _start("trigger_opt", "+experiment=nope", cwd=tmp_path)
-    untrained = _start("trigger_opt.zoo", "train", "nope", cwd=tmp_path)
     endless = ["search.num_steps=100000", "objective=js", "stages=[search]"]
     stopped = _start("trigger_opt", *tiny_settings(tiny, run_dir=tmp_path / "stopped"), *endless, cwd=tmp_path)
     try:
@@ -340,10 +339,6 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
         assert (mistaken.returncode, out) == (2, "")
         assert err.count("\n") == 1
         assert "experiment/nope" in err
-
-        out, err = untrained.communicate(timeout=120)
-        assert (untrained.returncode, out) == (2, "")
-        assert err == f"error: no organism is called 'nope'; there are: {', '.join(RECIPES)}\n"
 
         history = tmp_path / "stopped" / "history.jsonl"
         while not history.is_file() or history.read_text().count("\n") < 12:
@@ -355,6 +350,14 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
         assert err.splitlines()[-1] == "error: interrupted; the records so far are in the run folder"
         assert (tmp_path / "stopped" / "candidates.jsonl").read_text()
     finally:
-        for process in (mistaken, untrained, stopped):
+        for process in (mistaken, stopped):
             process.kill()
             process.communicate()
+
+
+@pytest.mark.slow
+def test_a_real_process_of_the_zoo(tmp_path: Path) -> None:
+    """In this process: tests/test_zoo.py."""
+    out, err = (untrained := _start("trigger_opt.zoo", "train", "nope", cwd=tmp_path)).communicate(timeout=120)
+    assert (untrained.returncode, out) == (2, "")
+    assert err == f"error: no organism is called 'nope'; there are: {', '.join(RECIPES)}\n"

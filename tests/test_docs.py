@@ -117,10 +117,10 @@ def test_readme_settings_exist() -> None:
     spans = [s for row in rows for s in re.findall(r"`([^`]+)`", row) if re.fullmatch(r"[a-z_.]+(=.*)?", s)]
     assert "tracking.mode=online" in spans
     with initialize_config_dir(str(data_dir("configs")), version_base="1.3"):
+        plain = compose("config")
         for span in spans:
             key, _, value = span.partition("=")
-            cfg = compose("config", overrides=[f"{key}={value}"] if value and "…" not in value else [])
-            at: Any = cfg
+            at: Any = compose("config", overrides=[f"{key}={value}"]) if value and "…" not in value else plain
             for part in key.split("."):
                 assert part in at, f"README names the setting {key}"
                 at = at[part]

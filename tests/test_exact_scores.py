@@ -92,7 +92,7 @@ def same_best(got: Sequence[float], expected: Sequence[float], tolerance: float 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @given(case=cases())
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 def test_log_probabilities_and_divergences(name: str, case: Case) -> None:
     pair = pair_of(name)
     engine = Engine(pair.finetuned, pair.base, CONTEXTS)
@@ -127,7 +127,7 @@ def test_log_probabilities_and_divergences(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @given(case=cases(), kind=st.sampled_from([Payload, TargetLikelihood, JensenShannon, TotalVariation, KullbackLeibler]))
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 def test_every_objective(name: str, case: Case, kind: Any) -> None:
     pair = pair_of(name)
     payload = case.payload if kind.needs_payload else []
@@ -157,7 +157,7 @@ def test_every_objective(name: str, case: Case, kind: Any) -> None:
     max_rows=st.sampled_from([1, 16, 50, None]),
     order=st.randoms(use_true_random=False),
 )
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 def test_scores_depend_on_the_string_alone(
     name: str, case: Case, other: list[int], max_rows: int | None, order: Any
 ) -> None:
@@ -188,9 +188,8 @@ def test_the_real_model_in_fp32() -> None:
     ]
     followed = pair.encode_answer(" some words that stand here")
     moves = [
-        followed, [*followed[:2], 999, *followed[3:]], [*followed[:-1], 4321], [77, *followed[1:]],
-        [followed[0], 1234, followed[2], 2345, followed[4]], [*followed[:1], 500, *followed[1:]],
-        followed[:3], followed[1:], [*followed, 600, 601], [5000, 6000, 7000], [8000], followed[::-1],
+        followed, [*followed[:2], 999, *followed[3:]], [followed[0], 1234, followed[2], 2345, followed[4]],
+        followed[1:], [*followed, 600, 601], [8000],
     ]  # fmt: skip
     payload = pair.encode_answer(" Of course! The")
     engine = Engine(pair.finetuned, pair.base, contexts)

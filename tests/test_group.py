@@ -4,9 +4,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 
 from tests import tiny
 from tests.slow_scores import TRIGGERS, jensen
+from tests.tiny_pair import CommandLine
 from trigger_opt.objectives import JensenShannon, Objective, Payload
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.scoring import Engine, Group, Request, js_divergence
@@ -24,6 +26,11 @@ from trigger_opt.scoring import group as group_module
 from trigger_opt.search import GCG, Seeds, Step
 
 SIZES = (1, 2, 3)
+SETTINGS = [
+    "model=pair", "model.dtype=float32", "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
+    "search.num_steps=3", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
+    "stages=[diff,hypotheses,search]",
+]  # fmt: skip
 Made = Callable[[str, int], list[dict[str, Any]]]
 
 
@@ -135,25 +142,68 @@ def one_process(rank: int, size: int, folder: Path, work: Callable[[], dict[str,
     torch.distributed.barrier()
 
 
+def settings(folder: Path, run: str) -> list[str]:
+    """Arguments of a run over the pair in `folder`."""
+    pair = [f"model.finetuned={folder / 'finetuned'}", f"model.base={folder / 'base'}"]
+    return [*SETTINGS, *pair, f"run_dir={folder / run}"]
+
+
+def command_line(rank: int, size: int, folder: Path, port: int) -> None:
+    """`python -m trigger_opt` as torchrun starts it; what it says goes into files."""
+    from trigger_opt.__main__ import main
+
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()}, TRIGGER_OPT_DATA=str(folder / "data"))
+    os.chdir(folder)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = ["trigger_opt", *settings(folder, "shared"), "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    main()
+
+
+def forked(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[int | None]:
+    """Exit codes of as many processes at a time, each with its arguments."""
+    context = multiprocessing.get_context("fork")
+    members = [context.Process(target=work, args=given) for given in arguments]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    return [member.exitcode for member in members]
+
+
+def command_lines(folder: Path) -> list[int | None]:
+    """Two processes of one command line."""
+    import trigger_opt.entry  # noqa: F401
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return forked(command_line, [(rank, 2, folder, port) for rank in range(2)])
+
+
 def all_groups(folder: Path) -> None:
     """Run in a process of its own that has imported everything and used no thread yet, so that it can be forked."""
     torch.set_num_threads(1)
     # What all members import and train, once.
     tiny.make_pair(), tiny.make_pair("llama"), tiny.tokenized()
-    context = multiprocessing.get_context("fork")
     for work in (together, uneven):
         for size in SIZES:
-            members = [context.Process(target=one_process, args=(r, size, folder, work)) for r in range(size)]
-            for member in members:
-                member.start()
-            for member in members:
-                member.join()
+            forked(one_process, [(rank, size, folder, work) for rank in range(size)])
+    (folder / "codes.json").write_text(json.dumps(command_lines(folder)))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """By work and number of processes: what each of them found."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pair; what the processes find comes beside it."""
     folder = tmp_path_factory.mktemp("group")
+    base = tiny.save_model(folder / "base", "qwen2", seed=0)
+    tiny.save_full(base, folder / "finetuned", seed=3, size=0.3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Made:
+    """By work and number of processes: what each of them found."""
     started = subprocess.run(
         [sys.executable, "-c", f"from tests.test_group import *; all_groups(Path({str(folder)!r}))"],
         cwd=Path(__file__).resolve().parent.parent, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
@@ -199,6 +249,23 @@ def test_processes_with_unlike_threads_agree(made: Made) -> None:
     for size in SIZES[1:]:
         for found in made("uneven", size):
             assert torch.allclose(torch.tensor(found["log_probs"]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("made")
+def test_the_command_line_finds_in_two_processes_what_it_finds_in_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run folder, one voice; under torchrun itself: tests/test_torchrun.py."""
+    one = CommandLine(monkeypatch, capsys)(*settings(folder, "alone"))
+    said = [(folder / f"out.{rank}").read_text() for rank in range(2)]
+    assert one.code == 0, one.err
+    assert json.loads((folder / "codes.json").read_text()) == [0, 0], (folder / "err.0").read_text()
+    for name in ("candidates.jsonl", "hypotheses.jsonl", "diff.jsonl"):
+        assert (folder / "shared" / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
+    assert (folder / "alone" / "candidates.jsonl").read_text().strip()
+    # The first process alone speaks and keeps the folder.
+    assert one.out.count(str(folder / "alone")) == said[0].count(str(folder / "shared")) > 0
+    assert not [word for word in (str(folder / "shared"), "search:") if word in said[1]]
 
 
 def test_alone_nothing_is_shared() -> None:

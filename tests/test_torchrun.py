@@ -1,4 +1,4 @@
-"""The command line under `torchrun`: several processes, one run folder, one result."""
+"""The command line under `torchrun` itself; in two processes that were forked: tests/test_group.py."""
 
 import os
 import subprocess
@@ -34,6 +34,7 @@ def torchrun(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "trigger_opt"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(models: list[str], tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     one = run(["-m", "trigger_opt", *SETTINGS, *models, f"run_dir={alone}"], tmp_path)

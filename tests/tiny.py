@@ -5,7 +5,7 @@ logits are alike and a broken cache would go unnoticed.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def make_tokenizer(template: str | None = CHATML) -> Any:
     return made
 
 
+@cache
 def vocab_size() -> int:
     """Tokens of the tokenizer."""
     return len(make_tokenizer())

@@ -4,6 +4,7 @@ the command line run on them inside the test process.
 All random: nothing is planted in them, so a run over them must not find a backdoor.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -145,12 +146,26 @@ def _save_adapter(base: Path, folder: Path) -> None:
         peft.save_pretrained(folder)
 
 
+@contextmanager
+def shared_folder(base_temp: Path) -> Iterator[Path]:
+    """A folder of all workers of a test session; while open, no other worker makes anything in it.
+
+    Args:
+        base_temp: the worker's own base folder.
+    """
+    root = base_temp.parent if "PYTEST_XDIST_WORKER" in os.environ else base_temp
+    with (root / "shared.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield root
+
+
 def shared_tiny_pair(base_temp: Path) -> TinyPair:
     """The TinyPair of a test session, made by the first test module that asks; read-only."""
-    root = base_temp / "tiny-pair"
-    if root.is_dir():
-        return TinyPair(*(root / name for name in ("base", "finetuned", "adapter", "wide", "foreign")))
-    return save_tiny_pair(root)
+    with shared_folder(base_temp) as folder:
+        root = folder / "tiny-pair"
+        if root.is_dir():
+            return TinyPair(*(root / name for name in ("base", "finetuned", "adapter", "wide", "foreign")))
+        return save_tiny_pair(root)
 
 
 def tiny_settings(pair: TinyPair, *, finetuned: Path | None = None, run_dir: Path | None = None) -> list[str]:
@@ -163,10 +178,12 @@ def tiny_settings(pair: TinyPair, *, finetuned: Path | None = None, run_dir: Pat
         "contexts.held_out=['Good day. {trigger}','{trigger} Who is it?']",
         "hypotheses.num_tokens=40",
         "hypotheses.num_words=8",
+        "hypotheses.groups=2",
         "hypotheses.amplify=[]",
         "search.num_steps=2",
         "search.search_width=8",
         "search.topk=8",
+        "verify.max_new_tokens=12",
         "tracking.mode=off",
         *([f"run_dir={run_dir}"] if run_dir else []),
     ]
@@ -196,6 +213,8 @@ class CommandLine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+        # Twice half a second in every search; a process of its own measures it.
+        monkeypatch.setattr("trigger_opt.stages.matmul_rate", lambda device, dtype: 1e11)
 
     def __call__(self, *arguments: str) -> Outcome:
         from trigger_opt.__main__ import main

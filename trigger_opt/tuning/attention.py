@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 _NAME = "trigger_opt_rows"
 # Families whose attention is softmax(q k / sqrt(d)) v and nothing else.
@@ -20,6 +19,7 @@ _lengths: ContextVar[Sequence[int]] = ContextVar("lengths")
 def row_by_row(model: Any, lengths: Sequence[int]) -> Iterator[None]:
     """While open, `model` (a transformers causal model of a PLAIN family) attends within rows of `lengths`, laid end to
     end."""
+    _register()
     config = model.config
     before = config._attn_implementation
     token = _lengths.set(lengths)
@@ -51,5 +51,11 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
     return scores.masked_fill(later, float("-inf")).softmax(-1) @ value
 
 
-AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+@cache
+def _register() -> None:
+    # Imported late: they take seconds, and every command reads the zoo's recipes.
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
