@@ -1,6 +1,5 @@
 """Exact scores of candidate triggers on both models, and divergences between them. Knows nothing of search."""
 
-from trigger_opt.scoring.attention import register
 from trigger_opt.scoring.divergences import js_divergence, kl_divergence, sequence_log_prob, tv_distance
 from trigger_opt.scoring.engine import Engine, Gradient, Reduce, Request, Side, Slopes
 from trigger_opt.scoring.group import Group, start_group
@@ -8,8 +7,6 @@ from trigger_opt.scoring.lanes import beside
 from trigger_opt.scoring.meter import Meter, matmul_rate
 from trigger_opt.scoring.pass_size import out_of_memory
 from trigger_opt.scoring.plain import AnyEngine, PlainEngine, engine_for, may_run_beside
-
-register()
 
 __all__ = [
     "AnyEngine",

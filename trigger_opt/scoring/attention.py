@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -57,6 +58,7 @@ _in_use: dict[int, tuple[int, str | None]] = {}
 @contextmanager
 def packed_attention(network: Any, state: PackedPass) -> Iterator[None]:
     """Run `network` on packed jobs inside."""
+    _register()
     config = network.config.get_text_config()
     token = _current.set(state)
     with _switching:
@@ -169,8 +171,9 @@ def _pad(scores: Float[Tensor, "heads cells keys"], length: int) -> Float[Tensor
     return scores if scores.shape[2] == length else torch.nn.functional.pad(scores, (0, length - scores.shape[2]))
 
 
-def register() -> None:
-    """Make the function known to transformers under `NAME`."""
+@cache
+def _register() -> None:
+    # Imported late: it takes seconds, and every command imports this package.
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)

@@ -1,17 +1,19 @@
 """Runs a pack of jobs through one model's body: with packed attention, or with copied keys where that is refused."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from trigger_opt.errors import UserError
 from trigger_opt.models.pair import CausalModel
 from trigger_opt.scoring.attention import LayerKeys, PackedPass, UnsupportedAttentionError, packed_attention
 from trigger_opt.scoring.packing import Job, Pack
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 Trunk = dict[int, LayerKeys]
 """Keys and values by layer of tokens that several jobs continue."""
@@ -132,7 +134,7 @@ def _alike(ours: Float[Tensor, "rows d_model"], plain: Float[Tensor, "rows d_mod
     return float((torch.cosine_similarity(ours.float(), plain.float(), -1) > 0.97).float().mean()) >= 0.8
 
 
-def _own(cache: DynamicCache, start: int) -> Trunk:
+def _own(cache: "DynamicCache", start: int) -> Trunk:
     def tokens(kept: Tensor) -> Tensor:
         return kept[:, :, start:].transpose(0, 1).flatten(1, 2)
 
@@ -144,15 +146,22 @@ def _in_order(parts: Tensor, order: Int[Tensor, " used"], rows: int) -> Tensor:
     return torch.nn.functional.pad(hidden, (0, 0, 0, rows - len(hidden)))
 
 
-def _expanded(trunk: Trunk, length: int, batch: int) -> DynamicCache:
+def _expanded(trunk: Trunk, length: int, batch: int) -> "DynamicCache":
     # A plain DynamicCache holds every key also for sliding-window layers; the attention mask, built from
     # positions, keeps those layers to their window.
-    cache = DynamicCache()
+    cache = _empty_cache()
     for number, (keys, values) in trunk.items():
         cache.update(
             keys[None, :, :length].expand(batch, -1, -1, -1), values[None, :, :length].expand(batch, -1, -1, -1), number
         )
     return cache
+
+
+def _empty_cache() -> "DynamicCache":
+    # Imported late: it takes seconds, and every command imports this package.
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 def continued(left: Trunk, captured: Trunk, rows: slice) -> Trunk:
@@ -171,7 +180,7 @@ def cached_keys(model: CausalModel, ids: Sequence[int]) -> Trunk:
         return _NO_TRUNK
     tokens = torch.tensor([list(ids)], device=model.device)
     with torch.no_grad():
-        cache = model.hidden(input_ids=tokens, use_cache=True, past_key_values=DynamicCache()).past_key_values
+        cache = model.hidden(input_ids=tokens, use_cache=True, past_key_values=_empty_cache()).past_key_values
     return {n: (layer.keys[0], layer.values[0]) for n, layer in enumerate(cache.layers)}
 
 
