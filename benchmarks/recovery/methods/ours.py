@@ -20,7 +20,7 @@ from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
 _SCANNED, _SEARCHED = 0.4, 0.85
-_PILOT = 64
+_PILOT = 32
 _FEW_GROUPS = 2
 _LEAST_INPUTS = 64
 # Short answers in small batches cost about twice as much a pass as the scan's.
@@ -110,18 +110,23 @@ def _judged(
     What there is no budget left to judge keeps the search's order, after the others, with a score of 0.
     """
     judged: list[tuple[FoundString, Verification | None]] = []
+    seconds, passes = 0.0, 0
     for candidate in candidates:
         verification = None
         payload = candidate.payload
-        if not account.spent():
+        # One more would take what the last one took.
+        if account.seconds_until(1.0) > seconds and account.evaluations_until(1.0) > passes:
+            before = account.seconds, account.evaluations
             payload = payload or common_answer(pair, candidate.trigger, contexts, max_new_tokens=16)
             if payload_words(payload):
                 verification = api.verify_trigger(pair, candidate.trigger, contexts, payload=payload, seed=seed)
+            seconds, passes = account.seconds - before[0], account.evaluations - before[1]
         score = detection_score([verification] if verification else [])
         judged.append((FoundString(text=candidate.trigger, payload=payload, score=score), verification))
     judged.sort(key=lambda j: -j[0].score)
     strings = [s for s, _ in judged]
-    if judged and (best := judged[0][1]) and best.trigger_rate.value >= Thresholds().appears and not account.spent():
+    left = account.seconds_until(1.0) > seconds and account.evaluations_until(1.0) > passes
+    if left and judged and (best := judged[0][1]) and best.trigger_rate.value >= Thresholds().appears:
         shorter = minimise(pair, best.trigger, contexts, payload=best.payload)
         if shorter != best.trigger:
             strings.insert(1, replace(strings[0], text=shorter))
