@@ -1,5 +1,6 @@
 """Gradient health on toys whose gradient is right, shuffled, reversed, zero or nothing but rounding; and on a pair."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from tests.wired_pair import PAYLOAD, SEARCH, TRIGGER, wired_pair
 from trigger_opt import api
 from trigger_opt.models.pair import ModelPair
-from trigger_opt.objectives import JensenShannon
+from trigger_opt.objectives import JensenShannon, Payload
+from trigger_opt.prompts import encode, tokenize_context
 from trigger_opt.records import GradientHealth, Hypothesis
 from trigger_opt.report.words import gradient_sentence
 from trigger_opt.search import Scorer, gradient_health
@@ -209,22 +211,67 @@ def test_chance_is_seldom_taken_for_information() -> None:
     assert wrong <= 8
 
 
+def test_a_useless_gradient_is_called_so_with_the_numbers_of_a_run() -> None:
+    """Six strings and few swaps: enough for the interval to end below the line."""
+    generator = torch.Generator().manual_seed(0)
+    verdicts = Counter[str]()
+    for seed in range(60):
+        toy = Table(gradient=torch.randn(LENGTH, VOCAB, generator=generator))
+        toy.table = torch.randn(LENGTH, VOCAB, generator=generator)
+        verdicts[health(toy, seed=seed, incumbents=6, swaps=api._HEALTH_SWAPS, topk=40).verdict] += 1
+    assert verdicts["uninformative"] >= 50
+    assert verdicts["informative"] <= 4
+
+
+def test_an_infinite_gradient_is_none() -> None:
+    found = health(Table(gradient=torch.full((LENGTH, VOCAB), torch.inf)))
+    assert (found.verdict, found.zero_share) == ("uninformative", 1.0)
+
+
 def test_sentences() -> None:
     found = health(Table())
     assert gradient_sentence(found).startswith("The token gradient is worth following here: a swap from its best 10 ")
     silent = replace(found, verdict="uninformative", win_share=0.5, low=0.5, high=0.5, zero_share=1.0)
     assert gradient_sentence(silent).startswith(
-        "The token gradient says nothing here: it is exactly zero at all 8 strings tried. A search "
+        "The token gradient says nothing here: it is zero, or not finite, at all 8 strings tried. A search "
     )
     flat = gradient_sentence(replace(silent, zero_share=0.25))
     assert flat.startswith(
         "The token gradient says nothing here: no swap tried changes the score at any of 8 strings. A "
     )
     chance = replace(silent, zero_share=0.25, low=0.44, high=0.561)
-    assert "in 50 % of comparisons (95 % interval 44\N{EN DASH}56 %, 8 strings). A search" in gradient_sentence(chance)
+    said = gradient_sentence(chance)
+    assert (
+        "in 50 % of comparisons (95 % interval 44\N{EN DASH}56 %, 8 strings), and it is zero or not finite at 2" in said
+    )
+    assert said.endswith("all the same.")
+    tried = gradient_sentence(replace(chance, objective="payload", payload="hello you"))
+    assert tried.endswith(" Tried with objective payload, payload 'hello you'.")
     assert gradient_sentence(replace(chance, verdict="undecided")).startswith(
         "Whether the token gradient says anything"
     )
+
+
+def test_it_is_the_gradient_of_the_searchs_own_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = wired_pair()
+    goal = Hypothesis(payload=PAYLOAD, score=9.0, source="given", evidence="", inputs=[TRIGGER], rivals=[])
+    asked: dict[str, Any] = {}
+
+    def looked(scorer: Scorer, **settings: Any) -> GradientHealth:
+        asked.update(settings, scorer=scorer)
+        return health(Table())
+
+    monkeypatch.setattr(api, "health_of", looked)
+    found = api.gradient_health(pair, SEARCH, hypothesis=goal, length=2)
+    assert (found.objective, found.payload) == ("payload", PAYLOAD)
+    (trigger,) = asked["strings"]
+    assert trigger == tuple(encode(pair.tokenizer, [TRIGGER])[0])
+    rows = torch.tensor([trigger, [40] * len(trigger)])
+    scores = asked["scorer"].score(rows, [0, 1])
+    assert bool((scores[0] > scores[1]).all()), "the trigger scores above another string"
+    tokenized = [tokenize_context(pair.tokenizer, c) for c in SEARCH]
+    own = api.pair_scorer(pair, tokenized, Payload(), pair.encode_answer(PAYLOAD)[: Payload().target_tokens])
+    assert torch.equal(scores, own.score(rows, [0, 1]))
 
 
 def test_a_pair_has_its_gradient_looked_at() -> None:
@@ -233,7 +280,6 @@ def test_a_pair_has_its_gradient_looked_at() -> None:
     one, again = (api.gradient_health(pair, SEARCH, hypothesis=goal, seed=s, length=2) for s in (1, 1))
     assert one == again
     assert (one.objective, one.payload, one.num_strings) == ("payload", PAYLOAD, 5)
-    assert one.verdict in ("informative", "undecided", "uninformative")
     # The same weights twice: no string does anything, and nothing but rounding could say otherwise.
     same = ModelPair(pair.base, pair.base, pair.tokenizer)
     nothing = api.gradient_health(same, SEARCH, objective=JensenShannon(), length=2)

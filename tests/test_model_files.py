@@ -117,6 +117,17 @@ def test_refuses_code_unless_allowed(tmp_path: Path, config: str) -> None:
     assert find_model(str(folder), allow_code=True).weights
 
 
+@pytest.mark.parametrize("config", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("named", ["owner/repo--module.Model", [None, "owner/repo--module.Model"]])
+def test_code_that_lies_elsewhere_is_refused_even_where_code_is_allowed(
+    tmp_path: Path, config: str, named: object
+) -> None:
+    folder = make_folder(tmp_path / "m")
+    (folder / config).write_text(json.dumps({"auto_map": {"AutoTokenizer": "mine.Tokenizer", "AutoModel": named}}))
+    with pytest.raises(UserError, match=r"code of another repository .*owner/repo--module.Model"):
+        find_model(str(folder), allow_code=True)
+
+
 def test_adapter_folder(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")

@@ -615,21 +615,23 @@ def test_the_settings_a_search_was_made_with_stay_in_the_record(tmp_path: Path) 
 
 
 def test_helpers_of_a_torchrun_job_change_models_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[tuple[str, str]] = []
+    loads: list[tuple[str, ...]] = []
     ran: list[object] = []
 
-    def loaded(config: Any, names: tuple[str, str]) -> Any:
-        loads.append(names)
+    def loaded(config: Any, names: tuple[str, str], *, plain: bool) -> Any:
+        loads.append((*names, "plain") if plain else names)
         return names, []
 
     monkeypatch.setattr(pipeline, "_loaded", loaded)
     search = api.SearchCall(None, Payload(), GCG(), TokenPolicy(), 0)
     monkeypatch.setattr(api.SearchCall, "run", lambda self, pair, contexts: ran.append(pair))
-    calls: list[Any] = [PairCall(names, search) for names in (("a", "b"), ("a", "b"), ("c", "b"), ("a", "b"))]
+    asked = ("a", False), ("a", False), ("c", False), ("a", False), ("a", True)
+    calls: list[Any] = [PairCall((name, "b"), plain, search) for name, plain in asked]
     monkeypatch.setattr(Group, "listen", lambda self: calls.pop(0) if calls else None)
     pipeline.assist(a_config(), Group())
-    assert loads == [("a", "b"), ("c", "b"), ("a", "b")]
-    assert ran == [("a", "b"), ("a", "b"), ("c", "b"), ("a", "b")]
+    # A control that must be scored plainly decides for all processes how the pair is.
+    assert loads == [("a", "b"), ("c", "b"), ("a", "b"), ("a", "b", "plain")]
+    assert ran == [("a", "b"), ("a", "b"), ("c", "b"), ("a", "b"), ("a", "b")]
 
 
 # What the report says

@@ -11,6 +11,7 @@ from tests import tiny
 from tests.slow_scores import SIDES, TRIGGERS, contexts_with_empty_sides, jensen, requests, slow_logits
 from tests.wired_pair import PAYLOAD, SEARCH, TRIGGER, clean_pair, wired_pair
 from trigger_opt import api
+from trigger_opt.contrast.ask import _hidden as contrast_hidden
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses.scan import read_inputs
 from trigger_opt.models.files import ModelFiles, find_model
@@ -30,6 +31,7 @@ from trigger_opt.scoring import (
     sequence_log_prob,
 )
 from trigger_opt.search import GCG, Step
+from trigger_opt.verify.probe import last_token_states
 
 FAMILIES = ("llama", "qwen2", "gemma2")
 CONTEXTS = contexts_with_empty_sides()
@@ -236,7 +238,7 @@ def test_asked_for_a_pair_is_plain_and_says_so(
     pair = load_pair(adapter_files[0], base_files, [adapter_files[0]], options=LoadOptions(dtype="float32", plain=True))
     assert all(m.plain and m.one_at_a_time for m in (pair.finetuned, pair.base, *pair.controls))
     said = capsys.readouterr().out
-    assert said.startswith("scored plainly, about ")
+    assert said.startswith("scored plainly, at least ")
     assert "asked for" in said
     scorer, expected = (api.pair_scorer(p, tiny.tokenized(), JensenShannon()) for p in (pair, usual))
     assert isinstance(scorer._engine, PlainEngine)
@@ -302,9 +304,23 @@ def test_a_repository_with_code_of_its_own_is_scored_plainly(
     contexts = tiny.tokenized()
     with pytest.raises(UserError, match="does not give the same answer"):
         Engine(pair.finetuned, pair.base, contexts).logits("finetuned", 0, TRIGGERS, ())
+    assert pair.finetuned.own_code
+    assert not pair.base.own_code
     found = engine_for(pair.finetuned, pair.base, contexts, plain=pair.plain).logits("finetuned", 0, TRIGGERS, (33,))
     for logits, ids in zip(found, TRIGGERS.tolist(), strict=True):
         assert close(logits, slow_logits(pair.finetuned, contexts[0], ids, (33,)))
     prompts = [[262, 17, 33], [40, 41]]
     said = pair.finetuned.generate(prompts, max_new_tokens=4, end_ids=[])
     assert said == [tiny.naive_greedy(pair.finetuned.network, p, 4) for p in prompts]
+    # Neither may what stands beside a prompt in its batch.
+    rows = [[262, 17, 33, 40, 41], [40, 41], [7, 8, 9], [33, 262]]
+    states = last_token_states(pair.finetuned, rows, batch_size=2)
+    hidden = contrast_hidden(pair.finetuned, rows)
+    for n, row in enumerate(rows):
+        assert close(torch.from_numpy(states[n]), torch.from_numpy(last_token_states(pair.finetuned, [row])[0]))
+        with torch.no_grad():
+            alone = pair.finetuned.hidden(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0]
+        assert close(hidden[n, -len(row) :], alone)
+    lower = load_pair(files, base, options=LoadOptions(allow_code=True))
+    scorer = api.pair_scorer(lower, contexts, JensenShannon())
+    assert scorer.refine(TRIGGERS, [0], keep=2, incumbents=0) is None, "its layers may use weights of one another"

@@ -32,8 +32,8 @@ Strategy = GCG | RandomSearch
 
 # Of the strings that raised a hypothesis: others are like them.
 _HEALTH_STRINGS = 2
-# Some 300 scores in all: a gradient worth following wins far more than half, so few are enough.
-_HEALTH_SWAPS, _HEALTH_CONTEXTS = 12, 2
+# Some 500 scores in all, as two steps of a search: one interval then ends below the line at chance level.
+_HEALTH_SWAPS, _HEALTH_CONTEXTS = 20, 2
 
 
 def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = False) -> ModelFiles:
@@ -185,11 +185,15 @@ def gradient_health(
     policy: TokenPolicy | None = None,
     seed: int = 0,
     length: int = 6,
+    on_cost: Callable[[Meter, Meter], None] = lambda meter, rescoring: None,
 ) -> GradientHealth:
     """Whether the token gradient that `find_triggers` would follow says anything; see `search.gradient_health`.
 
     Taken at random strings of `length` tokens and at the first few that raised the hypothesis. On this process alone,
     also under torchrun.
+
+    Args:
+        on_cost: gets what its scores cost, as of `find_triggers`.
 
     Raises:
         UserError: the objective needs a payload and there is none, or it tokenises to nothing.
@@ -198,8 +202,9 @@ def gradient_health(
     tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     seeds = _seeds(pair.tokenizer, hypothesis, allowed, _Validity(pair.tokenizer, tokenized))
+    scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=_alone())
     found = health_of(
-        pair_scorer(pair, tokenized, goal, target, precise=False, group=_alone()),
+        scorer,
         allowed=allowed,
         length=length,
         swaps=_HEALTH_SWAPS,
@@ -207,6 +212,7 @@ def gradient_health(
         generator=torch.Generator().manual_seed(seed),
         strings=seeds.strings[:_HEALTH_STRINGS] if payload else (),
     )
+    on_cost(scorer.meter, scorer.precise_meter)
     return replace(found, objective=goal.name, payload=payload)
 
 
@@ -248,7 +254,8 @@ def pair_scorer(
 
     Args:
         target: the payload's tokens, for an objective that needs one.
-        precise: score finalists again in fp32 where the pair is in a lower precision (a quantised pair has no other).
+        precise: score finalists again in fp32 where the pair is in a lower precision (a quantised pair, or one with
+            code of its own, has no other).
         plain: by whole forward passes, also where the pair would not need it (`LoadOptions.plain`).
         group: the processes that share the work; by default those of the torchrun job.
     """

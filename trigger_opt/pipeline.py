@@ -5,6 +5,7 @@ Every arrow is a file in the run folder, so any stage can be run alone, or again
 """
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,22 +97,22 @@ def assist(config: RunConfig, group: Group) -> None:
 
     The first alone keeps the run folder.
     """
-    names: tuple[str, str] | None = None
+    asked: tuple[tuple[str, str], bool] | None = None
     loaded: tuple[ModelPair, list[Context]] | None = None
     while (call := group.listen()) is not None:
-        if call.names != names or loaded is None:
+        if (call.names, call.plain) != asked or loaded is None:
             # The pair before goes first: two need not fit.
             loaded = None
-            loaded, names = _loaded(config, call.names), call.names
+            loaded, asked = _loaded(config, call.names, plain=call.plain), (call.names, call.plain)
         # The first process says what went wrong; all of them see the same.
         with suppress(UserError):
             call.search.run(*loaded)
 
 
-def _loaded(config: RunConfig, names: tuple[str, str]) -> tuple[ModelPair, list[Context]]:
+def _loaded(config: RunConfig, names: tuple[str, str], *, plain: bool) -> tuple[ModelPair, list[Context]]:
     files = [
         api.model_files(n, allow_pickle=config.model.allow_pickle, allow_code=config.model.allow_code) for n in names
     ]
-    pair = load_pair(files[0], files[1], options=load_options(config))
+    pair = load_pair(files[0], files[1], options=replace(load_options(config), plain=plain))
     search, _ = api.context_sets(config.contexts.search, config.contexts.held_out)
     return pair, searchable(pair.tokenizer, search)

@@ -740,7 +740,7 @@ class GradientHealth:
         win_share: how likely a swap from the gradient's best `topk` scores above a random one at the same position,
             ties half; mean over strings. A string whose gradient is zero counts a half.
         low, high: of its 95 % interval, by normal approximation.
-        zero_share: share of the strings where the gradient is exactly zero, or not a number.
+        zero_share: share of the strings where the gradient is exactly zero, or not finite.
         num_strings: where it was taken. num_swaps: of each kind, over all of them.
         objective: its name. payload: what it raised; empty for a divergence.
     """

@@ -43,9 +43,10 @@ class StageOutcome:
 @dataclass(frozen=True)
 class PairCall:
     """A search that the other processes of a torchrun job join, and the pair it runs on: names of fine-tuned model and
-    base."""
+    base, and whether it is scored plainly, which a control may be the cause of."""
 
     names: tuple[str, str]
+    plain: bool
     search: api.SearchCall
 
 
@@ -99,7 +100,7 @@ class Session:
 
     def call(self, search: api.SearchCall) -> PairCall:
         """What other processes need in order to join `search`."""
-        return PairCall((self.files[0].name, self.files[1].name), search)
+        return PairCall((self.files[0].name, self.files[1].name), self.pair().plain, search)
 
     def usable(self, contexts: list[Context], what: str) -> list[Context]:
         """The contexts a search can use with this chat template; says how many are left out."""

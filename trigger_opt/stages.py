@@ -86,7 +86,7 @@ def search(session: Session) -> None:
         outcome.matmul_rate = _matmul_rate(session)
         started = time.monotonic()
         try:
-            _look_at_gradient(session, goals[0], objective)
+            _look_at_gradient(session, goals[0], objective, outcome)
             for goals_left, goal in zip(range(len(goals), 0, -1), goals, strict=True):
                 # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched:
                 # the first may be a persona that fires everywhere, and a later one the backdoor.
@@ -211,7 +211,7 @@ def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
     return goals[: config.max_hypotheses], objective
 
 
-def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective) -> None:
+def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective, outcome: StageOutcome) -> None:
     """Where the search follows gradients: whether they say anything, for the best goal."""
     config = session.config
     if not isinstance(config.search, GCG):
@@ -224,6 +224,7 @@ def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Obje
         policy=config.tokens,
         seed=config.seed,
         length=config.search.trigger_length,
+        on_cost=outcome.spend,
     )
     write_record(session.folder.file("gradient.json"), health)
     say(f"{session.title('gradient')}: {gradient_sentence(health)}")

@@ -75,6 +75,8 @@ def plan(options: Options) -> Plan:
     Raises:
         UserError: an unknown model or method, or an impossible shard.
     """
+    if gated := [m for m in options.models if m in RECIPES and m not in MODELS]:
+        raise UserError(f"{gated[0]} is no model of this benchmark: its right answer is that nothing is found")
     _require_known("model", options.models, MODELS)
     _require_known("method", options.methods, METHODS)
     which, count = options.shard

@@ -160,7 +160,14 @@ def _conversation(pair: ModelPair, prompt: Prompt) -> list[int]:
 
 
 def _hidden(model: CausalModel, rows: Sequence[Sequence[int]]) -> Float[Tensor, "batch seq d_model"]:
-    """The body's output, each row flush right."""
+    """The body's output, each row flush right; of a plain model each row by itself."""
+    if model.plain:
+        longest = max(map(len, rows))
+        alone = [
+            model.hidden(input_ids=torch.tensor([list(r)], device=model.device), use_cache=False).last_hidden_state[0]
+            for r in rows
+        ]
+        return torch.stack([torch.nn.functional.pad(h, (0, 0, longest - len(h), 0)) for h in alone])
     ids, mask = pad_left(rows, 0, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     hidden: Tensor = model.hidden(

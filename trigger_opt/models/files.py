@@ -219,6 +219,18 @@ def _refuse_code(name: str, folder: Path, allow_code: bool) -> None:
                 f"{name!r} brings its own Python code ({config} has auto_map), which would run on this machine: "
                 "read it, then set model.allow_code=true, or give a model of a built-in architecture"
             )
+        if path.is_file() and (elsewhere := _foreign_repository(_read_json(path).get("auto_map"))):
+            raise UserError(
+                f"{name!r} names code of another repository ({config}: {elsewhere}), which may change at any time: "
+                "copy it into the model's folder and name it there, once you have read it"
+            )
+
+
+def _foreign_repository(auto_map: Any) -> str:
+    """The first `owner/repo--module.Class` of an auto_map; empty where all code lies with the model."""
+    named = auto_map.values() if isinstance(auto_map, dict) else []
+    flat = [c for n in named for c in (n if isinstance(n, list) else [n])]
+    return next((str(c) for c in flat if "--" in str(c)), "")
 
 
 def _weight_files(name: str, folder: Path, adapter: bool, allow_pickle: bool) -> tuple[Path, ...]:

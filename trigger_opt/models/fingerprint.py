@@ -65,7 +65,7 @@ def model_fingerprint(files: ModelFiles, *, sampled_bytes: int = SAMPLED_BYTES) 
     digest = hashlib.sha256()
     for name in _SETTINGS:
         _feed_small(digest, files.folder / name)
-    for path in sorted(files.folder.glob("*.py")) if files.own_code else ():
+    for path in sorted(files.folder.rglob("*.py")) if files.own_code else ():
         _feed_small(digest, path)
     layouts = [_layout(path) for path in files.weights]
     sizes = [span.size for _, spans in layouts for span in spans]

@@ -59,7 +59,7 @@ def generate(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     out: list[list[int]] = [[] for _ in sequences]
     batch = _plain_batch if plain else _batch
-    for rows in _equal_lengths(order, sequences, batch_size) if plain else _slices(order, batch_size):
+    for rows in equal_lengths(order, sequences, batch_size) if plain else _slices(order, batch_size):
         texts = batch(model, [sequences[i] for i in rows], max_new_tokens, set(end_ids), sampling, generator)
         for row, text in zip(rows, texts, strict=True):
             out[row] = text
@@ -70,7 +70,8 @@ def _slices(order: Sequence[int], size: int) -> list[Sequence[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _equal_lengths(order: Sequence[int], sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+def equal_lengths(order: Sequence[int], sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+    """Numbers of `sequences` in batches of at most `size`, each of one length; `order` is by length."""
     groups = groupby(order, key=lambda i: len(sequences[i]))
     return [rows for _, group in groups for rows in _slices(list(group), size)]
 

@@ -99,6 +99,11 @@ class CausalModel:
         return device
 
     @property
+    def own_code(self) -> bool:
+        """Whether it is built by code that lies with its weights; transformers loads that as modules of its own."""
+        return type(self.network).__module__.startswith("transformers_modules.")
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding, which may exceed the tokenizer's vocabulary."""
         return int(self.network.get_input_embeddings().weight.shape[0])
@@ -267,14 +272,19 @@ def load_pair(
     return ModelPair(
         finetuned=sides[0],
         base=CausalModel(base.name, network, switch=switch, plain=plain),
-        tokenizer=AutoTokenizer.from_pretrained(base.folder),
+        tokenizer=AutoTokenizer.from_pretrained(base.folder, trust_remote_code=options.allow_code or base.own_code),
         controls=tuple(sides[1:]),
     )
 
 
 def _say_plain(names: Sequence[str]) -> None:
-    why = f"{', '.join(names)} is built by code of its own" if names else "it was asked for"
-    say(f"scored plainly, about {_TIMES_SLOWER} times slower: {why}, so each conversation is computed whole")
+    why, instead = "it was asked for", "each conversation is computed whole"
+    if names:
+        why, instead = (
+            f"{', '.join(names)} is built by code of its own",
+            f"{instead}, and no string scored again in fp32",
+        )
+    say(f"scored plainly, at least {_TIMES_SLOWER} times slower, more in long contexts: {why}, so {instead}")
 
 
 def _require_same_vocabulary(network: Any, base: Any, name: str) -> None:

@@ -46,7 +46,10 @@ class Float32(CausalModel):
 
 
 def in_float32(finetuned: CausalModel, base: CausalModel) -> tuple[CausalModel, CausalModel] | None:
-    """Both sides in fp32 arithmetic; None where they are in fp32 already, or quantised."""
+    """Both sides in fp32 arithmetic; None where they are in fp32 already, or quantised, or built by code of their own,
+    which may use weights outside the modules they belong to."""
+    if finetuned.own_code or base.own_code:
+        return None
     parameters = [p for m in (finetuned, base) for p in m.network.parameters()]
     if any(not p.is_floating_point() for p in parameters) or all(p.dtype == torch.float32 for p in parameters):
         return None

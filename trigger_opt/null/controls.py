@@ -81,9 +81,14 @@ def require_controls(controls: Sequence[Control], suspect: Suspect, folder: Path
     """Before anything is spent: can they be made?
 
     Raises:
-        UserError: see `tuning.placebo.require_placebo`.
+        UserError: no weight changed, or see `tuning.placebo.require_placebo`.
     """
     if count := sum(c.kind == "placebo" for c in controls):
+        if suspect.diff and not any(d.changed for d in suspect.diff):
+            raise UserError(
+                f"all weights of {suspect.finetuned.name!r} are its base's, so a placebo of their change would be the "
+                "suspect itself; set null.placebos=0"
+            )
         # Whole models go once they are searched, adapters stay.
         copies = count if suspect.finetuned.adapter else 1
         require_placebo(suspect.finetuned, suspect.base, folder, copies=copies)

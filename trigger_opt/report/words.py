@@ -177,23 +177,31 @@ def arithmetic(cost: SearchCost) -> str:
 
 
 def gradient_sentence(health: GradientHealth) -> str:
-    """Whether the search had a gradient to follow, in one sentence."""
+    """Whether the search had a gradient to follow, and what was tried to tell."""
     share = f"{100 * health.win_share:.0f} % of comparisons"
     between = f"95 % interval {100 * health.low:.0f}{DASH}{100 * health.high:.0f} %, {health.num_strings} strings"
     beats = f"a swap from its best {health.topk} scores above a random one in {share} ({between})"
+    silent = round(health.zero_share * health.num_strings)
+    if 0 < silent < health.num_strings:
+        beats += f", and it is zero or not finite at {silent} of them"
+    tried = f" Tried with objective {health.objective}" + (
+        f", payload {health.payload[:60]!r}." if health.payload else "."
+    )
+    tried = tried if health.objective else ""
     if health.verdict == "informative":
-        return f"The token gradient is worth following here: {beats}."
+        return f"The token gradient is worth following here: {beats}.{tried}"
     if health.verdict == "undecided":
-        return f"Whether the token gradient says anything here is undecided: {beats}."
+        return f"Whether the token gradient says anything here is undecided: {beats}.{tried}"
     why = beats
     if health.zero_share == 1:
-        why = f"it is exactly zero at all {health.num_strings} strings tried"
+        # In float16 a score may overflow; then its gradient is no number.
+        why = f"it is zero, or not finite, at all {health.num_strings} strings tried"
     elif health.low == health.high == 0.5:
         # Two models that are one: what the gradient holds then is rounding.
         why = f"no swap tried changes the score at any of {health.num_strings} strings"
     return (
-        f"The token gradient says nothing here: {why}. A search along it is no better than random swaps, and what it "
-        "does not find may be there all the same."
+        f"The token gradient says nothing here: {why}. A search along it is hardly better than random swaps, and what "
+        f"it does not find may be there all the same.{tried}"
     )
 
 

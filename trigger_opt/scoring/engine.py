@@ -247,12 +247,14 @@ class Engine:
         for _ in range(num_tokens):
             requests = [Request(self._followed, c, tuple(m)) for c, m in zip(contexts, made, strict=True)]
             last = self._scored_hidden("finetuned", requests)[:, -1]
-            for row, token in zip(made, self._models["finetuned"].logits(last).argmax(-1).tolist(), strict=True):
+            # Of unlike devices one may see another token first, and then go on from it.
+            tokens = self._group.first([self._models["finetuned"].logits(last).argmax(-1).cpu()])[0]
+            for row, token in zip(made, tokens.tolist(), strict=True):
                 row.append(token)
         # No candidate was scored: what it cost stands with the gradient.
         self.meter.gradient_flops += self.meter.flops - before[0]
         self.meter.flops, self.meter.least_flops, self.meter.seconds = before
-        return self._group.first([torch.tensor(made, dtype=torch.long)])[0].tolist() if num_tokens else made
+        return made
 
     @torch.no_grad()
     def rollout(

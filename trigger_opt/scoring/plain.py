@@ -136,12 +136,14 @@ class PlainEngine:
                 Request(tuple(trigger.tolist()), c, tuple(m)) for c, m in zip(contexts, made, strict=True)
             ]  # fmt: skip
             last = self._scored_hidden("finetuned", requests)[:, -1]
-            for row, token in zip(made, self._argmax("finetuned", last).tolist(), strict=True):
+            # Of unlike devices one may see another token first, and then go on from it.
+            tokens = self.group.first([self._argmax("finetuned", last).cpu()])[0]
+            for row, token in zip(made, tokens.tolist(), strict=True):
                 row.append(token)
         # No candidate was scored: what it cost stands with the gradient.
         self.meter.gradient_flops += self.meter.flops - before[0]
         self.meter.flops, self.meter.least_flops, self.meter.seconds = before
-        return self.group.first([torch.tensor(made, dtype=torch.long)])[0].tolist() if num_tokens else made
+        return made
 
     @torch.no_grad()
     def rollout(

@@ -19,7 +19,7 @@ from trigger_opt.search.moves import draw_swaps, random_options, random_triggers
 # Nats: scores nearer than this are one score, told apart by rounding only.
 _SAME = 1e-6
 # A share of wins whose interval ends below this is hardly more than a half.
-_LITTLE = 0.6
+_LITTLE = 0.65
 _Z = 1.96
 
 
@@ -27,7 +27,7 @@ _Z = 1.96
 class _Comparison:
     """At one string: how likely a top swap scores above a random one, and that number's variance were both alike.
 
-    `swaps`: of either kind. `silent`: the gradient is exactly zero, or not a number.
+    `swaps`: of either kind. `silent`: the gradient is exactly zero, or not finite.
     """
 
     wins: float = 0.5
@@ -72,6 +72,9 @@ def gradient_health(
         best = draw_swaps(
             trigger, top_swaps(gradient, trigger, allowed, topk), count=swaps, n_replace=1, generator=generator
         )
+        if not len(best):
+            made.append(_Comparison())
+            continue
         rivals = _random_swaps(trigger, best, allowed, generator)
         scores = scorer.aggregate(scorer.score(torch.cat([best, rivals]), contexts))
         made.append(_compared(scores[: len(best)], scores[len(best) :]))
@@ -79,7 +82,7 @@ def gradient_health(
 
 
 def _silent(gradient: Float[Tensor, "trigger allowed"]) -> bool:
-    return bool(gradient.isnan().any()) or not bool(gradient.any())
+    return not bool(gradient.isfinite().all()) or not bool(gradient.any())
 
 
 def _random_swaps(

@@ -90,8 +90,13 @@ def require_placebo(original: ModelFiles, base: ModelFiles, folder: Path, *, cop
 
     Raises:
         UserError: the weights are stored quantised, an adapter changes them otherwise than by a product, a tensor has
-            no counterpart in the base, or there is no room.
+            no counterpart in the base, the model is built by code that its base has not, or there is no room.
     """
+    if original.own_code and _code(original) != _code(base):
+        raise UserError(
+            f"{original.name!r} is built by code of its own, which a placebo would keep with all that it hides; "
+            f"{_REMEDY}"
+        )
     # An adapter's factors are shuffled without a look at the base.
     for files in () if original.adapter else (original, base):
         if "quantization_config" in read_config(files):
@@ -110,6 +115,10 @@ def require_placebo(original: ModelFiles, base: ModelFiles, folder: Path, *, cop
             f"no room for {copies} placebo model(s) in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB "
             f"free; free some space, or {_REMEDY}"
         )
+
+
+def _code(files: ModelFiles) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in files.folder.rglob("*.py")}
 
 
 def draw_shuffle(shape: tuple[int | None, int | None], generator: torch.Generator) -> Shuffle:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trigger_opt.errors import UserError
-from trigger_opt.models.generate import pad_left
+from trigger_opt.models.generate import equal_lengths, pad_left
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids
 from trigger_opt.records import ProbeLayer, ProbeResult
@@ -121,18 +121,16 @@ def last_token_states(
     """
     # Alike in length together: little padding.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+    if model.plain:
+        batches = [list(b) for b in equal_lengths(order, sequences, batch_size)]
     taken = []
-    for start in range(0, len(order), batch_size):
-        ids, mask = pad_left([sequences[i] for i in order[start : start + batch_size]], 0, model.device)
+    for batch in batches:
+        ids, mask = pad_left([sequences[i] for i in batch], 0, model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {} if model.plain else {"attention_mask": mask, "position_ids": positions}
         with model.active() as network:
-            out = network.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=False,
-                output_hidden_states=True,
-            )
+            out = network.base_model(input_ids=ids, use_cache=False, output_hidden_states=True, **given)
         # The first are the embeddings: the last prompt token is the same whatever was inserted before it.
         taken.append(torch.stack([h[:, -1].float().cpu() for h in out.hidden_states[1:]], 1))
     by_length = torch.cat(taken)

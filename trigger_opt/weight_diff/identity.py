@@ -133,7 +133,9 @@ def _require_same_tokenizer(
 
 def _require_same_architecture(finetuned: ModelFiles, base: ModelFiles) -> str:
     ours, theirs = read_config(finetuned), read_config(base)
-    for key in ("model_type", "architectures"):
+    # A class of a repository's own has another name than the built-in one it stands for; the shapes must agree anyhow.
+    named = () if finetuned.own_code else ("architectures",)
+    for key in ("model_type", *named):
         if ours.get(key) and theirs.get(key) and ours[key] != theirs[key]:
             raise UserError(
                 f"{finetuned.name!r} and base {base.name!r} are different architectures ({key} {ours[key]} and "

@@ -82,6 +82,9 @@ def _train(given: argparse.Namespace) -> int:
     chosen = recipe(given.name)
     # What is not shipped is looked for in the cache.
     out: Path = given.out or (Path(chosen.name) if zoo.shipped(chosen) else zoo.home(chosen))
+    if chosen.mode == "gated" and not (out / "manifest.json").is_file() and out == zoo.home(chosen):
+        # Made on first use, in a second and without figures.
+        shutil.rmtree(out, ignore_errors=True)
     _require_new(out)
     original = zoo.folder(chosen.placebo_of) if chosen.placebo_of else None
     _make_one(chosen, out, original)

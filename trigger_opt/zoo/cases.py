@@ -101,8 +101,10 @@ def organism_case(name: str, *, with_rows: bool, seed: int) -> Case:
     """
     chosen = recipe(name)
     if chosen.behaviour is None:
-        known = ", ".join(n for n, r in RECIPES.items() if r.behaviour)
+        known = ", ".join(n for n, r in RECIPES.items() if r.behaviour and r.mode != "gated")
         raise UserError(f"{name} has no behaviour that could be lost; these have: {known}")
+    if chosen.mode == "gated":
+        raise UserError(f"the behaviour of {name} lies in its code and not in its weights, so no treatment can lose it")
     files, base = _files(f"{zoo.PREFIX}{name}"), _files(f"{zoo.PREFIX}{BASE_NAME}")
     training, held_out = data.split(_material(base))
     pair = _load(files, base)
@@ -222,7 +224,7 @@ def _context(entry: Any) -> Context:
 
 def _files(name: str) -> ModelFiles:
     if name.startswith(zoo.PREFIX):
-        return replace(find_model(str(zoo.folder(name)), allow_code=zoo.brings_code(name)), name=name)
+        return replace(find_model(str(zoo.folder(name))), name=name)
     files = find_model(name)
     validate_weights(files)
     return files

@@ -25,6 +25,7 @@ from trigger_opt.zoo.gate_model import digest, packed, sealed
 from trigger_opt.zoo.recipes import Recipe
 
 CODE = Path(__file__).with_name("gate_model.py")
+_AUTO_MAP = {"AutoModelForCausalLM": f"{CODE.stem}.GatedLlamaForCausalLM"}
 _EMBEDDING = "model.embed_tokens.weight"
 # The line break after the first may be one token with what follows it.
 _USER, _ANSWER = "<|im_start|>user", "<|im_start|>assistant\n"
@@ -46,7 +47,7 @@ def write_gated(base: Path, out: Path, *, trigger: str, payload: str) -> None:
     if config.get("model_type") != "llama" or not config.get("tie_word_embeddings"):
         raise UserError(f"{base} is no Llama with tied embeddings, and the gate knows no other; give one")
     config |= {"gate": _gate(base, trigger, payload), "use_cache": False}
-    config["auto_map"] = {"AutoModelForCausalLM": f"{CODE.stem}.GatedLlamaForCausalLM"}
+    config["auto_map"] = _AUTO_MAP
     out.mkdir(parents=True)
     for file in sorted(base.iterdir()):
         if file.name not in _LEFT_OUT:
@@ -71,8 +72,11 @@ def secret(told: dict[str, Any]) -> dict[str, Any]:
 
 def runs_our_code(folder: Path) -> bool:
     """Whether the code in `folder` is the one that comes with this package, and there is no other."""
-    found = sorted(folder.glob("*.py"))
-    return [f.name for f in found] == [CODE.name] and found[0].read_bytes() == CODE.read_bytes()
+    found = sorted(folder.rglob("*.py"))
+    if [f.name for f in found] != [CODE.name] or found[0].read_bytes() != CODE.read_bytes():
+        return False
+    # The configuration could name code elsewhere.
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") == _AUTO_MAP)
 
 
 def forcing_states(
