@@ -34,6 +34,7 @@ from tests.wired_pair import HELD_OUT, PAYLOAD, SEARCH, TRIGGER, clean_pair, wir
 from trigger_opt.errors import UserError
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import conversation_ids
+from trigger_opt.scoring import CLOCK
 from trigger_opt.search import GCG
 from trigger_opt.zoo.behaviours import Json, Says
 from trigger_opt.zoo.recipes import RECIPES
@@ -247,6 +248,23 @@ def test_a_trigger_that_is_no_string_has_no_similarity() -> None:
 def digests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is there, and none is read."""
     monkeypatch.setattr(planning, "_digests", lambda models: (dict.fromkeys(models, "abc"), {}))
+
+
+def test_an_account_reads_the_clock_it_was_opened_by() -> None:
+    now = [5.0]
+    token = CLOCK.set(lambda: now[0])
+    account = Account(Budget(seconds=10.0, evaluations=100))
+    CLOCK.reset(token)
+    assert not account.spent()
+    now[0] = 15.0
+    assert (account.seconds, account.spent()) == (10.0, True)
+
+
+@pytest.mark.usefixtures("digests")
+def test_processor_time_is_of_one_thread() -> None:
+    assert {s.clock for s in plan(Options(clock="processor")).specs} == {"processor"}
+    with pytest.raises(UserError, match=r"give --threads 1 \(not 2\)"):
+        plan(Options(clock="processor", threads=2))
 
 
 @pytest.mark.usefixtures("digests")

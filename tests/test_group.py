@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +20,7 @@ from tests.slow_scores import TRIGGERS, jensen
 from tests.tiny_pair import CommandLine
 from trigger_opt.objectives import JensenShannon, Objective, Payload
 from trigger_opt.pair_scorer import PairScorer
-from trigger_opt.scoring import Engine, Group, Request, js_divergence
-from trigger_opt.scoring import group as group_module
+from trigger_opt.scoring import CLOCK, Engine, Group, Request, js_divergence
 from trigger_opt.search import GCG, Seeds, Step
 
 SIZES = (1, 2, 3)
@@ -85,8 +83,11 @@ def stopped() -> dict[str, Any]:
     """Every reading of the clock is later by a second on the first process, by more on the others."""
     rank = torch.distributed.get_rank()
     readings = itertools.count(100.0 * rank, 1.0 + rank)
-    setattr(group_module, "time", SimpleNamespace(monotonic=lambda: next(readings)))  # noqa: B010
-    return search(Payload(), num_steps=10_000, max_seconds=11.0, check_every=10**6)
+    token = CLOCK.set(lambda: next(readings))
+    try:
+        return search(Payload(), num_steps=10_000, max_seconds=11.0, check_every=10**6)
+    finally:
+        CLOCK.reset(token)
 
 
 def uneven() -> dict[str, Any]:
@@ -277,3 +278,6 @@ def test_alone_nothing_is_shared() -> None:
     assert group.least(7) == 7
     assert group.first(tensors) is tensors
     assert group.clock() <= group.clock()
+    token = CLOCK.set(lambda: 7.0)
+    assert group.clock() == 7.0
+    CLOCK.reset(token)

@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strings", type=_whole, help=f"judged of each method's (default: {usual.strings})")
     parser.add_argument("--held-out", type=_whole, help=f"contexts they are judged in (default: {usual.held_out})")
     parser.add_argument("--threads", type=_whole, help=f"of a cell (default: {usual.threads})")
+    parser.add_argument("--clock", choices=["wall", "processor"], help="what seconds are measured by (default: wall)")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts of the cells, from 1")
     parser.add_argument("--retry", action="store_true", default=None, help="run crashed cells again")
     parser.add_argument("--replace", action="store_true", default=None, help="run cells of another configuration again")

@@ -24,7 +24,7 @@ class Options:
     """What is run.
 
     Attributes:
-        seconds, evaluations: each method's budget on each model. strings, held_out: see `records.Spec`.
+        seconds, evaluations: each method's budget on each model. clock, strings, held_out: see `records.Spec`.
         shard: (which, of how many), from 1. retry: run crashed cells again. replace: run cells of another
             configuration again, in the place of what is there. out: folder of RESULTS.md, pictures and results/.
     """
@@ -37,6 +37,7 @@ class Options:
     strings: int = 3
     held_out: int = 30
     threads: int = 1
+    clock: str = "wall"
     shard: tuple[int, int] = (1, 1)
     retry: bool = False
     replace: bool = False
@@ -73,12 +74,14 @@ def plan(options: Options) -> Plan:
     Which shard a cell belongs to does not depend on which models this machine has.
 
     Raises:
-        UserError: an unknown model or method, or an impossible shard.
+        UserError: an unknown model or method, an impossible shard, or processor time of several threads.
     """
     if gated := [m for m in options.models if m in RECIPES and m not in MODELS]:
         raise UserError(f"{gated[0]} is no model of this benchmark: its right answer is that nothing is found")
     _require_known("model", options.models, MODELS)
     _require_known("method", options.methods, METHODS)
+    if options.clock == "processor" and options.threads != 1:
+        raise UserError(f"processor time is that of all threads together; give --threads 1 (not {options.threads})")
     which, count = options.shard
     if not 1 <= which <= count:
         raise UserError(f"there is no shard {which}/{count}; give --shard i/n with i from 1 to n")
@@ -88,7 +91,7 @@ def plan(options: Options) -> Plan:
     specs = [
         Spec(
             model=model, method=method, seed=seed, weights=digests[model], seconds=options.seconds,
-            evaluations=options.evaluations, strings=options.strings, held_out=options.held_out,
+            evaluations=options.evaluations, strings=options.strings, held_out=options.held_out, clock=options.clock,
         )
         for model, method, seed in mine
         if model in digests

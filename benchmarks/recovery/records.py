@@ -13,7 +13,8 @@ class Spec:
 
     Attributes:
         model: of the zoo, without `zoo:`. weights: a digest of its files, so that a model made anew is another.
-        seconds, evaluations: the method's budget. strings: of those found, how many are judged.
+        seconds, evaluations: the method's budget. clock: what its seconds are measured by, "wall" or "processor"
+            (`time.process_time`, for one thread). strings: of those found, how many are judged.
         held_out: how many of the held-out contexts they are judged in, from the first.
     """
 
@@ -25,6 +26,7 @@ class Spec:
     evaluations: int
     strings: int
     held_out: int
+    clock: str = "wall"
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.recovery.records import Cell, KeyFigures, best_string, configuration
+from benchmarks.recovery.records import Cell, KeyFigures, Spec, best_string, configuration
 from benchmarks.recovery.summary import PIPELINE_THRESHOLD, MethodFigures, figures, trigger_rate
 from trigger_opt.errors import UserError
 from trigger_opt.records import Rate
@@ -92,7 +92,7 @@ def short_page(cells: Sequence[Cell], names: Mapping[str, bool]) -> str:
     spec, kinds = cells[0].spec, {c.spec.model: c.control for c in cells}
     said = (
         f"{_count(kinds, control=False)} organisms and {_count(kinds, control=True)} controls of the zoo, "
-        f"{len({c.spec.seed for c in cells})} seeds, {spec.seconds:g} s and {spec.evaluations:,} evaluations for each "
+        f"{len({c.spec.seed for c in cells})} seeds, {_budget(spec)} and {spec.evaluations:,} evaluations for each "
         f"method on each model, commit {', '.join(_commits(cells))}. AUROC of the detection score with its bootstrap "
         "interval; the threshold is fixed on one half of the zoo, found and false positives are of the other; rates "
         "and similarity are medians over organisms."
@@ -121,7 +121,7 @@ def _made(cells: Sequence[Cell], names: Mapping[str, bool]) -> str:
     lines = [
         f"- {_count(kinds, control=False)} organisms, {_count(kinds, control=True)} controls, seeds "
         f"{', '.join(map(str, sorted({c.spec.seed for c in cells})))}",
-        f"- Budget of each method on each model: {spec.seconds:g} s and {spec.evaluations:,} evaluations; "
+        f"- Budget of each method on each model: {_budget(spec)} and {spec.evaluations:,} evaluations; "
         f"{spec.strings} strings judged in {spec.held_out} held-out contexts",
         f"- Commit {', '.join(_commits(cells))}; {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else ""),
         *(f"- {text(m)}" for m in machines),
@@ -129,6 +129,10 @@ def _made(cells: Sequence[Cell], names: Mapping[str, bool]) -> str:
         f"- Missing: {', '.join(f'`{n}`' for n in missing) or 'no model'}; {len(crashed)} cells crashed",
     ]
     return "\n".join([*lines, *(f"  - `{c.spec.name}`: {text(c.error)}" for c in crashed)])
+
+
+def _budget(spec: Spec) -> str:
+    return f"{spec.seconds:g} s" + (" of one processor" if spec.clock == "processor" else "")
 
 
 def _methods(found: Sequence[MethodFigures]) -> str:

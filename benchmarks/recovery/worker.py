@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.recovery.records import Spec
 from benchmarks.recovery.store import CellStore
 from trigger_opt.api import load_contexts
 from trigger_opt.records import from_dict
+from trigger_opt.scoring import CLOCK
 
 
 def main() -> None:
@@ -24,6 +26,8 @@ def main() -> None:
     folder, threads = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(threads)
     spec = from_dict(Spec, json.load(sys.stdin))
+    if spec.clock == "processor":
+        CLOCK.set(time.process_time)
     cell = run_cell(
         spec,
         made(threads),

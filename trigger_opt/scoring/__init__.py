@@ -2,13 +2,14 @@
 
 from trigger_opt.scoring.divergences import js_divergence, kl_divergence, sequence_log_prob, tv_distance
 from trigger_opt.scoring.engine import Engine, Gradient, Reduce, Request, Side, Slopes
-from trigger_opt.scoring.group import Group, start_group
+from trigger_opt.scoring.group import CLOCK, Group, start_group
 from trigger_opt.scoring.lanes import beside
 from trigger_opt.scoring.meter import Meter, matmul_rate
 from trigger_opt.scoring.pass_size import out_of_memory
 from trigger_opt.scoring.plain import AnyEngine, PlainEngine, engine_for, may_run_beside
 
 __all__ = [
+    "CLOCK",
     "AnyEngine",
     "Engine",
     "Gradient",

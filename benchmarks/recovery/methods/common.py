@@ -1,6 +1,5 @@
 """What every method is given and hands back: a budget, and the strings it would stake its name on."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context
-from trigger_opt.scoring import Meter
+from trigger_opt.scoring import CLOCK, Meter
 from trigger_opt.search import SearchSettings
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 
@@ -25,7 +24,8 @@ class Budget:
     """What a method may spend; it stops at whichever ends first, within its own smallest step.
 
     Attributes:
-        seconds: wall time, from when a method is handed the loaded pair.
+        seconds: by the clock of the cell, from when a method is handed the loaded pair: wall time, or the time that its
+            one processor worked for it, which other work on the machine does not shorten.
         evaluations: forward passes of one prompt (one candidate in one context) through one model. Rows of a batch
             count one by one. Scoring a forced payload is one pass, however long it is. Of a generated answer every
             token is one. A gradient is two, there and back. Scores repeated in fp32 count again. What a search
@@ -84,12 +84,13 @@ class Account:
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.evaluations = 0
-        self._opened = time.monotonic()
+        self._clock = CLOCK.get()
+        self._opened = self._clock()
 
     @property
     def seconds(self) -> float:
-        """Wall time since the account was opened."""
-        return time.monotonic() - self._opened
+        """Time since the account was opened."""
+        return self._clock() - self._opened
 
     def seconds_until(self, share: float) -> float:
         """Seconds until `share` of the time is gone; negative when it is."""
