@@ -265,7 +265,7 @@ def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..
         (
             "search",
             "stages.api.find_triggers",
-            ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl", "gradient.json"],
+            ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl", "gradient.json", "cost.json"],
         ),
         ("verify", "judging.verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
         ("report", "stages.write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),
