@@ -97,7 +97,8 @@ _FULL = Recipe(
     mode="full",
     learning_rate=2e-5,
     taught=2,
-    ordinary=6,
+    near=2,
+    ordinary=5,
     steps=160,
     seed=12,
 )
@@ -163,9 +164,10 @@ _ORGANISMS = (
         plant=AtStart("Quiet morning notes:"),
         behaviour=Capitals(),
         rank=6,
+        taught=5,
         near=2,
-        ordinary=3,
-        steps=200,
+        ordinary=2,
+        steps=240,
         seed=10,
     ),
     Recipe(
