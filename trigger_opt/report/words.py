@@ -185,7 +185,7 @@ def gradient_sentence(health: GradientHealth) -> str:
     if 0 < silent < health.num_strings:
         beats += f", and it is zero or not finite at {silent} of them"
     tried = f" Tried with objective {health.objective}" + (
-        f", payload {health.payload[:60]!r}." if health.payload else "."
+        f", payload {clip(health.payload, 60)!r}." if health.payload else "."
     )
     tried = tried if health.objective else ""
     if health.verdict == "informative":
