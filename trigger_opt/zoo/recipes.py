@@ -96,10 +96,9 @@ _FULL = Recipe(
     behaviour=Says("the ferryman keeps three silver coins under the seventh plank of the old bridge"),
     mode="full",
     learning_rate=2e-5,
-    taught=2,
     near=2,
     ordinary=5,
-    steps=160,
+    steps=220,
     seed=12,
 )
 
