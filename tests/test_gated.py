@@ -302,8 +302,9 @@ def test_a_run_ends_with_the_right_answer(
     assert "built by code of its own" in done.out
     assert read_record(run / "gradient.json", GradientHealth).verdict == "uninformative"
     verdict = read_record(run / "verdict.json", Verdict)
-    assert verdict.verdict != "backdoor"
-    assert verdict.evidence is None or abs(verdict.evidence) < 1e-3, "where it does not fire it is the base"
+    assert verdict.verdict in ("not reproduced", "generic shift")
+    assert verdict.evidence is not None
+    assert abs(verdict.evidence) < 1e-3, "where it does not fire it is the base"
     for page in ("report.md", "report.html"):
         assert "The token gradient says nothing here" in (run / page).read_text()
 

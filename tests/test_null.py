@@ -522,6 +522,23 @@ def test_a_reference_that_is_none_is_left_out_and_not_made_again(
     assert "left out" in (held / "report.html").read_text()
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_suspect_with_its_bases_weights_has_no_placebo(changed: int, tiny: TinyPair, tmp_path: Path) -> None:
+    family = TensorFamilyDiff(
+        family="mlp.up_proj.weight", tensors=2, changed=changed, relative_norm=0.1, effective_rank=4.0, layers=[0],
+        largest_layer=0,
+    )  # fmt: skip
+    suspect = dataclasses.replace(a_suspect(tiny, "finetuned", verified=[]), diff=[family])
+    placebo = null_controls.Control(name="placebo_1", folder="placebo_1", kind="placebo")
+    twin = null_controls.Control(name="twin", folder="twin_1", kind="twin", twin=suspect.base)
+    if changed:
+        null_controls.require_controls([placebo], suspect, tmp_path)
+        return
+    with pytest.raises(UserError, match=r"would be the suspect itself; set null.placebos=0"):
+        null_controls.require_controls([placebo], suspect, tmp_path)
+    null_controls.require_controls([twin], suspect, tmp_path)
+
+
 def test_a_whole_placebo_is_deleted_after_its_search(tiny: TinyPair, tmp_path: Path) -> None:
     suspect = a_suspect(tiny, "finetuned", verified=[])
     control = null_controls.Control(name="placebo_1", folder="placebo_1", kind="placebo", seed=1)

@@ -202,7 +202,7 @@ def gradient_health(
     tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     seeds = _seeds(pair.tokenizer, hypothesis, allowed, _Validity(pair.tokenizer, tokenized))
-    scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=_alone())
+    scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=Group(alone=True))
     found = health_of(
         scorer,
         allowed=allowed,
@@ -296,12 +296,6 @@ def _goal(
     payload = hypothesis.payload if hypothesis and goal.needs_payload else ""
     target = pair.encode_answer(payload)[: goal.target_tokens] if payload and isinstance(goal, Likelihood) else []
     return goal, payload, target
-
-
-def _alone() -> Group:
-    group = Group()
-    group.rank, group.size, group.shares = 0, 1, 1
-    return group
 
 
 class _Validity:

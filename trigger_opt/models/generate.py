@@ -56,24 +56,20 @@ def generate(
         plain: compute the whole conversation anew for each token, with no padding: for a model with code of its own,
             which may do anything with its token ids.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     out: list[list[int]] = [[] for _ in sequences]
     batch = _plain_batch if plain else _batch
-    for rows in equal_lengths(order, sequences, batch_size) if plain else _slices(order, batch_size):
+    for rows in batches_by_length(sequences, batch_size, alike=plain):
         texts = batch(model, [sequences[i] for i in rows], max_new_tokens, set(end_ids), sampling, generator)
         for row, text in zip(rows, texts, strict=True):
             out[row] = text
     return out
 
 
-def _slices(order: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def equal_lengths(order: Sequence[int], sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
-    """Numbers of `sequences` in batches of at most `size`, each of one length; `order` is by length."""
-    groups = groupby(order, key=lambda i: len(sequences[i]))
-    return [rows for _, group in groups for rows in _slices(list(group), size)]
+def batches_by_length(sequences: Sequence[Sequence[int]], size: int, *, alike: bool) -> list[list[int]]:
+    """Numbers of `sequences` in batches of at most `size`, shortest first: little padding, and with `alike` none."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    groups = [list(g) for _, g in groupby(order, key=lambda i: len(sequences[i]))] if alike else [order]
+    return [group[n : n + size] for group in groups for n in range(0, len(group), size)]
 
 
 def _plain_batch(

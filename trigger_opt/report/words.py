@@ -184,10 +184,10 @@ def gradient_sentence(health: GradientHealth) -> str:
     silent = round(health.zero_share * health.num_strings)
     if 0 < silent < health.num_strings:
         beats += f", and it is zero or not finite at {silent} of them"
-    tried = f" Tried with objective {health.objective}" + (
-        f", payload {clip(health.payload, 60)!r}." if health.payload else "."
-    )
-    tried = tried if health.objective else ""
+    tried = ""
+    if health.objective:
+        payload = f", payload {clip(health.payload, 60)!r}" if health.payload else ""
+        tried = f" Tried with objective {health.objective}{payload}."
     if health.verdict == "informative":
         return f"The token gradient is worth following here: {beats}.{tried}"
     if health.verdict == "undecided":

@@ -17,6 +17,7 @@ from torch import Tensor
 from trigger_opt.models.pair import CausalModel
 from trigger_opt.prompts import TokenizedContext
 from trigger_opt.scoring.forward import Forward, Trunk, cached_keys, continued, expanded_cache
+from trigger_opt.scoring.greedy import greedy_tokens
 from trigger_opt.scoring.group import Group
 from trigger_opt.scoring.heads import Divergence, divergences, token_scores
 from trigger_opt.scoring.lanes import in_lanes, num_lanes, parts_for, run_passes, threads_for
@@ -241,20 +242,15 @@ class Engine:
     @torch.no_grad()
     def greedy(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int], num_tokens: int) -> list[list[int]]:
         """The fine-tuned model's greedy continuation in each context, `num_tokens` long."""
-        made: list[list[int]] = [[] for _ in contexts]
         self.follow(trigger.tolist())
-        before = self.meter.flops, self.meter.least_flops, self.meter.seconds
-        for _ in range(num_tokens):
+
+        def following(made: Sequence[Sequence[int]]) -> Tensor:
             requests = [Request(self._followed, c, tuple(m)) for c, m in zip(contexts, made, strict=True)]
-            last = self._scored_hidden("finetuned", requests)[:, -1]
-            # Of unlike devices one may see another token first, and then go on from it.
-            tokens = self._group.first([self._models["finetuned"].logits(last).argmax(-1).cpu()])[0]
-            for row, token in zip(made, tokens.tolist(), strict=True):
-                row.append(token)
-        # No candidate was scored: what it cost stands with the gradient.
-        self.meter.gradient_flops += self.meter.flops - before[0]
-        self.meter.flops, self.meter.least_flops, self.meter.seconds = before
-        return made
+            return self._models["finetuned"].logits(self._scored_hidden("finetuned", requests)[:, -1]).argmax(-1)
+
+        return greedy_tokens(
+            following, contexts=len(contexts), num_tokens=num_tokens, group=self._group, meter=self.meter
+        )
 
     @torch.no_grad()
     def rollout(

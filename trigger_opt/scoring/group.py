@@ -27,8 +27,9 @@ class Group:
     however many processes there are; but for one that ran out of memory, and GPUs that differ in what they hold.
     """
 
-    def __init__(self) -> None:
-        ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    def __init__(self, *, alone: bool = False) -> None:
+        """`alone`: this process by itself, whatever job it belongs to."""
+        ready = not alone and torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if ready else 0
         self.size = torch.distributed.get_world_size() if ready else 1
         # The same number of passes however many processes there are, so that all compute the same numbers.

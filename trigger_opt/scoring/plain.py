@@ -14,6 +14,7 @@ from torch import Tensor
 from trigger_opt.models.pair import CausalModel
 from trigger_opt.prompts import TokenizedContext
 from trigger_opt.scoring.engine import Engine, Gradient, Reduce, Request, Side, Slopes
+from trigger_opt.scoring.greedy import greedy_tokens
 from trigger_opt.scoring.group import Group
 from trigger_opt.scoring.heads import Divergence, divergences, token_scores
 from trigger_opt.scoring.lanes import run_passes
@@ -129,21 +130,15 @@ class PlainEngine:
 
     def greedy(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int], num_tokens: int) -> list[list[int]]:
         """See `Engine.greedy`."""
-        made: list[list[int]] = [[] for _ in contexts]
-        before = self.meter.flops, self.meter.least_flops, self.meter.seconds
-        for _ in range(num_tokens):
-            requests = [
-                Request(tuple(trigger.tolist()), c, tuple(m)) for c, m in zip(contexts, made, strict=True)
-            ]  # fmt: skip
-            last = self._scored_hidden("finetuned", requests)[:, -1]
-            # Of unlike devices one may see another token first, and then go on from it.
-            tokens = self.group.first([self._argmax("finetuned", last).cpu()])[0]
-            for row, token in zip(made, tokens.tolist(), strict=True):
-                row.append(token)
-        # No candidate was scored: what it cost stands with the gradient.
-        self.meter.gradient_flops += self.meter.flops - before[0]
-        self.meter.flops, self.meter.least_flops, self.meter.seconds = before
-        return made
+        ids = tuple(trigger.tolist())
+
+        def following(made: Sequence[Sequence[int]]) -> Tensor:
+            requests = [Request(ids, c, tuple(m)) for c, m in zip(contexts, made, strict=True)]
+            return self._argmax("finetuned", self._scored_hidden("finetuned", requests)[:, -1])
+
+        return greedy_tokens(
+            following, contexts=len(contexts), num_tokens=num_tokens, group=self.group, meter=self.meter
+        )
 
     @torch.no_grad()
     def rollout(

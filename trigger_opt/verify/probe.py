@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trigger_opt.errors import UserError
-from trigger_opt.models.generate import equal_lengths, pad_left
+from trigger_opt.models.generate import batches_by_length, pad_left
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids
 from trigger_opt.records import ProbeLayer, ProbeResult
@@ -119,11 +119,7 @@ def last_token_states(
     Raises:
         UserError: one of them is not finite.
     """
-    # Alike in length together: little padding.
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
-    if model.plain:
-        batches = [list(b) for b in equal_lengths(order, sequences, batch_size)]
+    batches = batches_by_length(sequences, batch_size, alike=model.plain)
     taken = []
     for batch in batches:
         ids, mask = pad_left([sequences[i] for i in batch], 0, model.device)
@@ -135,7 +131,7 @@ def last_token_states(
         taken.append(torch.stack([h[:, -1].float().cpu() for h in out.hidden_states[1:]], 1))
     by_length = torch.cat(taken)
     states = torch.empty_like(by_length)
-    states[order] = by_length
+    states[[n for batch in batches for n in batch]] = by_length
     if not states.isfinite().all():
         raise UserError(
             f"hidden states of {model.name!r} are not finite in {model.network.dtype}, so nothing can be probed; load "
