@@ -36,3 +36,17 @@ def held(lock_file: Path, *, what: str, remedy: str) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         yield
+
+
+def holder(lock_file: Path) -> str | None:
+    """Who holds `lock_file`, as "process 12 on NODE"; None when nobody does, or it was never made."""
+    try:
+        lock = lock_file.open("r")
+    except FileNotFoundError:
+        return None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip() or "another process"
+    return None

@@ -27,7 +27,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -440,6 +440,9 @@ class RunInfo:
         versions: Python, torch, transformers, trigger_opt, and the git commit where known.
         plan: lines printed before anything ran.
         stages: what was run, in order.
+        unfinished: stages of the last command that have not ended, in order; none once it has. A run that stopped
+            goes on there.
+        starts: how often that command was started: once, and again after each stop.
     """
 
     name: str
@@ -451,6 +454,8 @@ class RunInfo:
     versions: dict[str, str]
     plan: list[str]
     stages: list[StageRun]
+    unfinished: list[str] = field(default_factory=list)
+    starts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
