@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,12 @@ class Toy:
         if not self.with_payload:
             return None
         return torch.full((len(contexts),), bool(torch.equal(trigger, self.planted)))
+
+    def state(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.evaluations = state["evaluations"]
 
 
 EVERYTHING = torch.ones(VOCAB, dtype=torch.bool)

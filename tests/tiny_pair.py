@@ -214,7 +214,7 @@ class CommandLine:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.setenv("HYDRA_FULL_ERROR", "")
         # Twice half a second in every search; a process of its own measures it.
-        monkeypatch.setattr("trigger_opt.stages.matmul_rate", lambda device, dtype: 1e11)
+        monkeypatch.setattr("trigger_opt.searching.matmul_rate", lambda device, dtype: 1e11)
 
     def __call__(self, *arguments: str) -> Outcome:
         from trigger_opt.__main__ import main

@@ -23,7 +23,17 @@ from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
 from trigger_opt.records import Candidate, GradientHealth, Hypothesis, Verification
 from trigger_opt.scoring import Group, Meter, engine_for
-from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Seeds, Step
+from trigger_opt.search import (
+    GCG,
+    Found,
+    NoValidStringError,
+    OnState,
+    RandomSearch,
+    SearchState,
+    Seeds,
+    Step,
+    ignore_state,
+)
 from trigger_opt.search import gradient_health as health_of
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 from trigger_opt.verify import VerifySettings, verify_string
@@ -140,6 +150,8 @@ def find_triggers(
     on_step: Callable[[Step], None] = lambda step: None,
     on_found: Callable[[Candidate], None] = lambda candidate: None,
     on_cost: Callable[[Meter, Meter], None] = lambda meter, rescoring: None,
+    on_state: OnState = ignore_state,
+    resume: SearchState | None = None,
 ) -> list[Candidate]:
     """Strings that raise the objective in `contexts`, best first.
 
@@ -148,6 +160,7 @@ def find_triggers(
         objective: by default `Payload` with a hypothesis and `JensenShannon` without.
         on_found: gets each string as soon as it is scored in all contexts, so that an interrupt loses none.
         on_cost: gets, at the end, what the search's scores cost, and its rescoring.
+        on_state, resume: to go on with an interrupted search, exactly; see `search.GCG.__call__`.
 
     Raises:
         UserError: the objective needs a payload and there is none, or it tokenises to nothing, or no string
@@ -168,6 +181,8 @@ def find_triggers(
             generator=torch.Generator().manual_seed(seed),
             on_step=on_step,
             on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed)),
+            on_state=on_state,
+            resume=resume,
         )
     except NoValidStringError as error:
         raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None
@@ -225,6 +240,7 @@ class SearchCall:
     strategy: Strategy
     policy: TokenPolicy
     seed: int
+    resume: SearchState | None = None
 
     def run(self, pair: ModelPair, contexts: Sequence[Context], **listeners: Any) -> list[Candidate]:
         """`find_triggers` with these arguments; `listeners` are its `on_…`."""
@@ -236,6 +252,7 @@ class SearchCall:
             strategy=self.strategy,
             policy=self.policy,
             seed=self.seed,
+            resume=self.resume,
             **listeners,
         )
 

@@ -123,6 +123,18 @@ class NullConfig:
 
 
 @dataclass(kw_only=True)
+class CheckpointConfig:
+    """How often a search saves from where it would go on; None is never. A signal always saves.
+
+    Attributes:
+        every_seconds: of wall time, after the step that passes them. every_steps: of the search.
+    """
+
+    every_seconds: Annotated[float, Field(ge=0)] | None = 30.0
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(kw_only=True)
 class TrackingConfig:
     """Where numbers go besides metrics.jsonl: W&B offline (default), online, or off."""
 
@@ -164,6 +176,7 @@ class RunConfig:
     null: NullConfig = field(default_factory=NullConfig)
     transfer: TransferSettings = field(default_factory=TransferSettings)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 def register() -> None:

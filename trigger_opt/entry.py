@@ -6,10 +6,12 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 # Before torch is imported: with the default, a busy neighbour makes every small product 60 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,8 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trigger_opt import pipeline
+from trigger_opt import interrupts, pipeline
 from trigger_opt.config import (
+    RunConfig,
     composition_problem,
     register,
     register_resolvers,
@@ -31,10 +34,14 @@ from trigger_opt.config import (
 )
 from trigger_opt.errors import UserError
 from trigger_opt.paths import data_dir
-from trigger_opt.scoring import start_group
+from trigger_opt.scoring import Group, start_group
 
 register_resolvers()
 register()
+
+# As sysexits.h names it: a temporary failure, try again.
+_LATER = 75
+_GO_ON = "the same command with the run_dir of this run goes on from there"
 
 # What a disk answers to a run folder that cannot be there; any other OSError is a defect and shows its traceback.
 _NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -67,14 +74,23 @@ def main() -> None:
 def _composed(cfg: DictConfig) -> None:
     """Validate and run what Hydra composed."""
     _quieten_libraries()
-    signal.signal(signal.SIGTERM, _terminate)
+    # A batch system that preempts a job sends SIGTERM first: a job that then ends by itself has ended for good (Slurm
+    # 22.05), one that goes on is killed and put back into the queue.
+    with interrupts.listening(only_hurry=[signal.SIGTERM] if _slurm_job() else []) as before:
+        try:
+            _run(cfg)
+        except interrupts.Interrupted as stop:
+            sys.exit(_handed_on(stop.signum, before))
+
+
+def _run(cfg: DictConfig) -> None:
     try:
         config = validated(cfg)
         settings = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(settings, dict)
         group = start_group()
         if group.rank:
-            pipeline.assist(config, group)
+            _assist(config, group)
             return
         pipeline.run(
             config,
@@ -84,8 +100,6 @@ def _composed(cfg: DictConfig) -> None:
         )
     except UserError as error:
         sys.exit(_stop(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_stop("interrupted; the records so far are in the run folder", 130))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -94,9 +108,35 @@ def _composed(cfg: DictConfig) -> None:
         )
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    # An exception, so that records and trackers are closed on the way out.
-    sys.exit(128 + signum)
+def _assist(config: RunConfig, group: Group) -> None:
+    """Beside the first process, which alone decides what a signal means."""
+    with interrupts.listening(only_hurry=interrupts.SIGNALS):
+        try:
+            pipeline.assist(config, group)
+        except RuntimeError:
+            if not interrupts.asked():
+                raise
+            # The first process has stopped.
+            sys.exit(_LATER)
+
+
+def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
+    """After a signal, with all saved: the exit code, once whoever may start the run again knows."""
+    if signum == signal.SIGINT:
+        return _stop(f"interrupted; {_GO_ON}", 130)
+    if callable(handler := before[signum]):
+        # A launcher's own: it puts the job back into the queue and leaves.
+        handler(signum, None)
+    if signum in (signal.SIGUSR1, signal.SIGUSR2) and (job := _slurm_job()):
+        made = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        if made.returncode == 0:
+            return _stop(f"{signal.Signals(signum).name}: saved; Slurm will start job {job} again", _LATER)
+        return _stop(f"saved, but Slurm does not requeue job {job} ({made.stderr.strip()}); {_GO_ON}", _LATER)
+    return _stop(f"{signal.Signals(signum).name}: saved; {_GO_ON}", _LATER)
+
+
+def _slurm_job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def _quieten_libraries() -> None:

@@ -1,9 +1,11 @@
 """An objective on a pair of models, as a search sees it: scores, bounds, memory and gradients."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -230,6 +232,35 @@ class PairScorer:
         self._finetuned([(ids, c) for c in contexts])
         return torch.tensor([self._known[c, ids, ()].greedy for c in contexts])
 
+    def state(self) -> dict[str, Any]:
+        """See `search.Scorer.state`; scores are kept, too, so that none is computed twice."""
+        slopes, ahead = self._slopes, self._ahead
+        return {
+            "known": _known_state(self._known),
+            "seen": sorted(self._seen),
+            "seen_in": self._seen_in,
+            "leader": self._leader,
+            "continuations": dict(self._continuations),
+            "slopes": slopes and (slopes[0], vars(slopes[1])),
+            "ahead": ahead and (ahead[0], self._engine.gradient_state(ahead[1])),
+            "engine": self._engine.state(),
+            "precise": self._precise.state() if self._precise else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `search.Scorer.restore`."""
+        slopes, ahead = state["slopes"], state["ahead"]
+        self._known = _known_from(state["known"])
+        self._seen, self._seen_in = set(state["seen"]), state["seen_in"]
+        self._leader, self._continuations = state["leader"], dict(state["continuations"])
+        self._slopes = slopes and (slopes[0], Slopes(**slopes[1]))
+        self._ahead = ahead and (ahead[0], self._engine.gradient_from(ahead[1]))
+        self._engine.restore(state["engine"])
+        if state["precise"] is None:
+            self._precise = None
+        elif self._precise is not None:
+            self._precise.restore(state["precise"])
+
     def bounds(self, string: Ids, contexts: Sequence[int]) -> list[float]:
         """The most each context can give, by what is known; exact where the score is."""
         return [self._bound(string, c) for c in contexts]
@@ -342,6 +373,29 @@ class PairScorer:
         if len(self._known) > _MOST_REMEMBERED:
             for key in list(self._known)[: _MOST_REMEMBERED // 2]:
                 del self._known[key]
+
+
+def _known_state(known: Mapping[tuple[int, Ids, Ids], _Known]) -> dict[str, Tensor]:
+    """In tensors: hundreds of thousands of tuples would take minutes to read again."""
+    strings, forced = [ids for _, ids, _ in known], [ids for _, _, ids in known]
+    values = [(k.bound, k.finetuned, k.exact, k.greedy) for k in known.values()]
+    return {
+        "contexts": torch.tensor([c for c, _, _ in known], dtype=torch.int32),
+        "lengths": torch.tensor([[len(s), len(f)] for s, f in zip(strings, forced, strict=True)], dtype=torch.int32),
+        "ids": torch.tensor([i for s, f in zip(strings, forced, strict=True) for i in (*s, *f)], dtype=torch.int32),
+        "values": torch.tensor(values, dtype=torch.float64),
+    }
+
+
+def _known_from(state: Mapping[str, Tensor]) -> dict[tuple[int, Ids, Ids], _Known]:
+    """What `_known_state` was given, in the same order: the oldest is forgotten first."""
+    ids = iter(state["ids"].tolist())
+    known = {}
+    rows = zip(state["contexts"].tolist(), state["lengths"].tolist(), state["values"].tolist(), strict=True)
+    for context, (length, forced), (bound, finetuned, exact, greedy) in rows:
+        key = context, tuple(islice(ids, length)), tuple(islice(ids, forced))
+        known[key] = _Known(bound, bool(exact), finetuned, bool(greedy))
+    return known
 
 
 class _Table:

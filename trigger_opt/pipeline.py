@@ -20,7 +20,7 @@ from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import RunInfo, write_record
 from trigger_opt.run_folder import RunFolder, hold_run_folder, loads_models, machine, now, versions
 from trigger_opt.scoring import Group
-from trigger_opt.session import Session
+from trigger_opt.session import Session, open_checkpoints
 from trigger_opt.stages import STAGES, closing_lines, require_records
 from trigger_opt.tracking import open_tracker
 from trigger_opt.weight_diff import identify
@@ -48,7 +48,10 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
     )
     with hold_run_folder(run_dir, info, stages=config.stages) as folder:
         say(f"trigger_opt {__version__}: {config.name}, seed {config.seed}, in {run_dir}")
-        files = _checked_models(config, folder) if loads_models(config.stages) else []
+        if folder.goes_on:
+            say(f"goes on with the run in {run_dir}, which was interrupted in stage {folder.goes_on!r}")
+        files = _checked_models(config, folder) if loads_models(folder.info.unfinished) else []
+        checkpoints = open_checkpoints(config, folder)
         tracker = open_tracker(
             run_dir,
             mode=config.tracking.mode,
@@ -60,10 +63,12 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
         )
         exit_code = 1
         try:
-            session = Session(config, folder, tracker, files, load_options(config))
-            for stage in config.stages:
+            session = Session(config, folder, tracker, checkpoints, files, load_options(config))
+            stages = list(folder.info.unfinished)
+            for stage in stages:
                 require_records(session, stage)
-            for stage in config.stages:
+            folder.begin()
+            for stage in stages:
                 STAGES[stage](session)
             exit_code = 0
             Group().announce(None)

@@ -38,6 +38,8 @@ R = TypeVar("R")
 
 VERDICTS = ("backdoor", "generic shift", "unstable", "not reproduced")
 TRANSFER_VERDICTS = ("transfers", "does not transfer", "undecided")
+INTERRUPTED, STOPPED = "interrupted", "stopped: "
+"""Summary of a stage that a signal ended, and how that of one begins that an error ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +397,11 @@ class StageRun:
     seconds: float
     evaluations: int
     summary: str
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether it did not come to its end."""
+        return self.summary == INTERRUPTED or self.summary.startswith(STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,10 @@ _SETTINGS = {
 }
 SEARCH_SETTINGS = ("contexts", *(part for parts in _SETTINGS.values() for part in parts), "seed")
 """Parts of the configuration that decide what a search finds in a given pair."""
+# Where numbers go and what others learn of them: a run that goes on may have others.
+_FREE = ("tracking", "run_dir", "checkpoint")
+GROWING = ("history.jsonl", "metrics.jsonl")
+"""Files of a run that grow line by line."""
 _VALUE_WIDTH = 40
 _LOCK = ".lock"
 
@@ -49,11 +53,16 @@ def loads_models(stages: Sequence[str]) -> bool:
 
 
 class RunFolder:
-    """A held run folder."""
+    """A held run folder.
+
+    Attributes:
+        goes_on: the stage in which this command was interrupted before; None where it begins.
+    """
 
     def __init__(self, path: Path, info: RunInfo) -> None:
         self.path = path
         self.info = info
+        self.goes_on = info.unfinished[0] if info.starts > 1 and info.unfinished else None
 
     def file(self, name: str) -> Path:
         """Path of a record file."""
@@ -63,9 +72,14 @@ class RunFolder:
         """Whether a record file is there."""
         return self.file(name).is_file()
 
-    def add_stage(self, stage: StageRun) -> None:
-        """Write down that a stage was run."""
-        self.info = replace(self.info, stages=[*self.info.stages, stage])
+    def begin(self) -> None:
+        """Write down what is to be run: a process that is killed leaves no other trace of it."""
+        write_record(self.file("run.json"), self.info)
+
+    def add_stage(self, stage: StageRun, *, ended: bool = True) -> None:
+        """Write down that a stage was run, to its end or not."""
+        left = [s for s in self.info.unfinished if not (ended and s == stage.stage)]
+        self.info = replace(self.info, stages=[*self.info.stages, stage], unfinished=left)
         write_record(self.file("run.json"), self.info)
 
     def set_plan(self, lines: Sequence[str]) -> None:
@@ -93,9 +107,12 @@ class RunFolder:
 def hold_run_folder(path: Path, info: RunInfo, *, stages: Sequence[str]) -> Iterator[RunFolder]:
     """Open or make the folder, hold it against other processes, and keep the earlier run's record in it.
 
+    The same command in the folder of a run that was interrupted goes on with it.
+
     Raises:
         UserError: another process holds it; it cannot be written; all stages were asked for in a folder that
-            already holds a run; or a later stage alone in a folder without any.
+            already holds a run, or one that was interrupted under other settings; or a later stage alone in a folder
+            without any.
     """
     with held(path / _LOCK, what=f"the run folder {path}", remedy="give another run_dir"):
         yield RunFolder(path, _joined(path, info, stages))
@@ -103,9 +120,12 @@ def hold_run_folder(path: Path, info: RunInfo, *, stages: Sequence[str]) -> Iter
 
 def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
     earlier = path / "run.json"
+    info = replace(info, unfinished=list(stages), starts=1)
     if not earlier.is_file():
         return info
     old = read_record(earlier, RunInfo)
+    if old.unfinished and old.config.get("stages") == info.config.get("stages"):
+        return _gone_on(path, old, info)
     if not old.stages:
         # It stopped before it did anything, say at a wrong base: nothing there is worth guarding.
         return info
@@ -128,6 +148,29 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
             f"stage 'null' repeats the search of the run in {path}, which had {', '.join(changed)}; give the same"
         )
     return replace(info, command=f"{old.command}\n{info.command}", stages=old.stages, config=config)
+
+
+def _gone_on(path: Path, old: RunInfo, info: RunInfo) -> RunInfo:
+    """The record of a command that was interrupted and is given again.
+
+    Raises:
+        UserError: it had other settings.
+    """
+    stage = old.unfinished[0]
+    parts = [part for part in old.config if part not in _FREE]
+    # What stages that are not run would take is what the folder's records rest on.
+    if changed := differences(old.config, info.config, [p for p in parts if p not in _kept(info.unfinished)]):
+        if not old.stages:
+            return info
+        raise UserError(
+            f"the run in {path} was interrupted in stage {stage!r} and had {', '.join(changed)}; give the same to go "
+            f"on, run the stage again from its start (stages=[{stage},…]) or give another run_dir"
+        )
+    done = list(old.stages)
+    while done and done[-1].stage == stage and done[-1].broken_off:
+        done.pop()
+    versions = {**old.versions, **info.versions}
+    return replace(old, stages=done, starts=old.starts + 1, machine=info.machine, versions=versions)
 
 
 def _kept(stages: Sequence[str]) -> list[str]:

@@ -4,19 +4,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from trigger_opt import api
+from trigger_opt.checkpoint import Checkpoints
 from trigger_opt.config import RunConfig
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import LoadOptions, ModelPair, load_pair
 from trigger_opt.progress import Progress, say, stage_progress
 from trigger_opt.prompts import Context, searchable
-from trigger_opt.records import (
-    StageRun,
-)
-from trigger_opt.run_folder import RunFolder, now, timed
+from trigger_opt.records import INTERRUPTED, STOPPED, StageRun
+from trigger_opt.run_folder import GROWING, RunFolder, now, timed, versions
 from trigger_opt.scoring import Meter
 from trigger_opt.tokens import allowed_ids
 from trigger_opt.tracking import Tracker
@@ -24,15 +24,22 @@ from trigger_opt.tracking import Tracker
 
 @dataclass
 class StageOutcome:
-    """Filled in by a stage while it runs; `began` is a reading of the monotonic clock, `meter` and `rescoring` are
-    what scores and their repetition in fp32 cost, `matmul_rate` the machine's when the stage began."""
+    """Filled in by a stage while it runs.
 
+    Attributes:
+        state: what an earlier start of this stage kept; see `Session.keep`. seconds_before: what that took.
+        meter, rescoring: what scores and their repetition in fp32 cost. matmul_rate: the machine's when the stage
+            began. began: a reading of the monotonic clock.
+    """
+
+    state: dict[str, Any] = field(default_factory=dict)
     evaluations: int = 0
     summary: str = ""
     meter: Meter = field(default_factory=Meter)
     rescoring: Meter = field(default_factory=Meter)
     matmul_rate: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    seconds_before: float = 0.0
 
     def spend(self, meter: Meter, rescoring: Meter) -> None:
         """Count what one search cost."""
@@ -61,6 +68,7 @@ class Session:
     config: RunConfig
     folder: RunFolder
     tracker: Tracker
+    checkpoints: Checkpoints
     files: list[ModelFiles]
     options: LoadOptions
     within: str = ""
@@ -119,9 +127,15 @@ class Session:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageOutcome]:
-        """Time a stage, keep what an earlier run of it left, and write down what it found."""
-        self.folder.put_aside(name)
-        outcome = StageOutcome()
+        """Time a stage, keep what an earlier run of it left, and write down what it found.
+
+        A stage that was interrupted goes on in its own files, from what it kept.
+        """
+        state = self.checkpoints.begun(name)
+        if state is None:
+            self.folder.put_aside(name)
+            self.checkpoints.save(name, {})
+        outcome = StageOutcome(state=state or {})
         started = now()
         try:
             with timed() as seconds:
@@ -129,16 +143,40 @@ class Session:
         except BaseException as error:
             # What it spent counts: later stages may go on from what it left.
             outcome.summary = (
-                "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped: {type(error).__name__}"
+                INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{STOPPED}{type(error).__name__}"
             )
-            self._note(name, started, seconds[0], outcome)
+            self._note(name, started, seconds[0], outcome, ended=False)
             raise
-        self._note(name, started, seconds[0], outcome)
+        self._note(name, started, seconds[0], outcome, ended=True)
+        self.checkpoints.forget()
 
-    def _note(self, name: str, started: str, seconds: float, outcome: StageOutcome) -> None:
+    def keep(self, name: str, state: dict[str, Any]) -> None:
+        """For a later start of this stage, should it be interrupted: plain values and tensors."""
+        self.checkpoints.save(name, state)
+
+    def _note(self, name: str, started: str, measured: float, outcome: StageOutcome, *, ended: bool) -> None:
+        seconds = measured + outcome.seconds_before
         done = StageRun(
             stage=name, started=started, seconds=seconds, evaluations=outcome.evaluations, summary=outcome.summary
         )
-        self.folder.add_stage(done)
+        self.folder.add_stage(done, ended=ended)
         self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
         say(f"{self.title(name)}: {outcome.summary} ({seconds:.0f} s)")
+
+
+def open_checkpoints(config: RunConfig, folder: RunFolder) -> Checkpoints:
+    """The checkpoints of a run, asked for before anything is written into its folder: of a run that goes on, what it
+    wrote after its last one is cut off.
+
+    Raises:
+        UserError: see `Checkpoints.find`.
+    """
+    made = Checkpoints(
+        folder.path,
+        grows=GROWING,
+        versions=versions(),
+        every_steps=config.checkpoint.every_steps,
+        every_seconds=config.checkpoint.every_seconds,
+    )
+    made.find(folder.goes_on)
+    return made

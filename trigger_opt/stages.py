@@ -1,40 +1,31 @@
 """The stages of a run, each from the records of the one before to its own records in the run folder."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 
 from trigger_opt import api
-from trigger_opt.config import RunConfig
 from trigger_opt.earlier import Earlier, open_ledger
 from trigger_opt.errors import UserError
 from trigger_opt.judging import Judge, longer_answer, look_closer, to_verify, verdict_of
 from trigger_opt.null import hold_against_null
-from trigger_opt.objectives import JensenShannon, Objective
-from trigger_opt.progress import say
-from trigger_opt.prompts import Context, decode
+from trigger_opt.prompts import Context
 from trigger_opt.records import (
     Candidate,
-    Hypothesis,
     NullResult,
-    SearchCost,
-    SearchStep,
     TransferOutcome,
     Verdict,
-    append_record,
     read_record,
     read_records,
     write_record,
     write_records,
 )
-from trigger_opt.report import arithmetic, gradient_sentence, null_command, write_report
+from trigger_opt.report import null_command, write_report
 from trigger_opt.run_folder import RunFolder
-from trigger_opt.scoring import Group, matmul_rate
-from trigger_opt.search import GCG, Step
-from trigger_opt.session import Session, StageOutcome
+from trigger_opt.searching import search_strings
+from trigger_opt.session import Session
 from trigger_opt.transfer.words import first_of_each_model
 from trigger_opt.transferring import require_client_and_strings, send_strings
-from trigger_opt.verify import best_verification, payload_words
+from trigger_opt.verify import best_verification
 from trigger_opt.weight_diff import diff_weights
 
 
@@ -81,29 +72,7 @@ def hypotheses(session: Session) -> None:
 def search(session: Session) -> None:
     """Strings that raise each payload hypothesis; on divergence alone where there is none."""
     with session.stage("search") as outcome:
-        goals, objective = _goals(session)
-        found: list[Candidate] = []
-        outcome.matmul_rate = _matmul_rate(session)
-        started = time.monotonic()
-        try:
-            _look_at_gradient(session, goals[0], objective, outcome)
-            for goals_left, goal in zip(range(len(goals), 0, -1), goals, strict=True):
-                # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched:
-                # the first may be a persona that fires everywhere, and a later one the backdoor.
-                elapsed = time.monotonic() - started
-                _search_one(
-                    session, goal, objective, _share(session.config, elapsed, outcome, goals_left), found, outcome
-                )
-        finally:
-            # Also after Ctrl-C: what was found so far is worth verifying.
-            found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
-            write_records(session.folder.file("candidates.jsonl"), to_verify(found, 200))
-            cost = _cost(session, outcome)
-            if cost.evaluations:
-                write_record(session.folder.file("cost.json"), cost)
-        rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
-        session.tracker.table("candidates", ["trigger", "payload", "score", "selection_rate", "restart", "step"], rows)
-        say(f"{session.title('arithmetic')}: {arithmetic(cost)}")
+        found = search_strings(session, outcome)
         outcome.summary = f"{len(found)} strings, best {found[0].trigger!r}" if found else "no string found"
 
 
@@ -114,7 +83,10 @@ def verify(session: Session) -> None:
         pair = session.pair(fresh=True)
         earlier = Earlier(session)
         judge = Judge(session, pair, earlier)
-        chosen = to_verify(earlier.fresh(candidates), session.config.verify.candidates)
+        # Chosen once: an interrupted start has judged some, which the ledger would now leave out.
+        kept = [Candidate(**c) for c in outcome.state.get("chosen", [])]
+        chosen = kept or to_verify(earlier.fresh(candidates), session.config.verify.candidates)
+        session.keep("verify", {"chosen": [asdict(c) for c in chosen]})
         with judge.bar:
             verified = [v for c in chosen if (v := judge.candidate(c)) is not None]
             best = best_verification(verified)
@@ -183,149 +155,6 @@ STAGES: dict[str, Callable[[Session], None]] = {
 def _search_control(session: Session, stages: Sequence[str]) -> None:
     for stage in stages:
         STAGES[stage](session)
-
-
-def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
-    config = session.config
-    objective: Objective = config.objective
-    if not objective.needs_payload:
-        return [None], objective
-    goals: list[Hypothesis | None] = []
-    if config.payload:
-        goals.append(
-            Hypothesis(payload=config.payload, score=0.0, source="given", evidence="given", inputs=[], rivals=[])
-        )
-    if session.folder.has("hypotheses.jsonl"):
-        found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
-        # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
-        for h in found:
-            given = goals[0] if config.payload else None
-            if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
-                # The payload given was found too: one goal, which begins from what raised it.
-                goals[0] = replace(given, inputs=h.inputs)
-            elif payload_words(h.payload):
-                goals.append(h)
-    if not goals:
-        say(f"no payload hypothesis: the search runs on divergence (js) alone instead of {objective.name!r}")
-        return [None], JensenShannon()
-    return goals[: config.max_hypotheses], objective
-
-
-def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective, outcome: StageOutcome) -> None:
-    """Where the search follows gradients: whether they say anything, for the best goal."""
-    config = session.config
-    if not isinstance(config.search, GCG):
-        return
-    health = api.gradient_health(
-        session.pair(),
-        session.search_contexts,
-        hypothesis=goal,
-        objective=objective,
-        policy=config.tokens,
-        seed=config.seed,
-        length=config.search.trigger_length,
-        on_cost=outcome.spend,
-    )
-    write_record(session.folder.file("gradient.json"), health)
-    say(f"{session.title('gradient')}: {gradient_sentence(health)}")
-
-
-def _cost(session: Session, outcome: StageOutcome) -> SearchCost:
-    meter = outcome.meter
-    return SearchCost(
-        evaluations=meter.evaluations,
-        flops=meter.flops,
-        least_flops=meter.least_flops,
-        gradient_flops=meter.gradient_flops,
-        rescoring_flops=outcome.rescoring.flops,
-        seconds=meter.seconds,
-        # Other work on the machine slows any one measurement: the better of before and after.
-        matmul_rate=Group().size * max(outcome.matmul_rate, _matmul_rate(session)),
-    )
-
-
-def _matmul_rate(session: Session) -> float:
-    model = session.pair().finetuned
-    return matmul_rate(model.device, next(model.network.parameters()).dtype)
-
-
-def _share(config: RunConfig, elapsed: float, outcome: StageOutcome, goals_left: int) -> api.Strategy:
-    """The strategy with its equal share of what is left of the budget."""
-    strategy: api.Strategy = replace(config.search)
-    if strategy.max_seconds is not None:
-        strategy.max_seconds = max(1.0, (strategy.max_seconds - elapsed) / goals_left)
-    if strategy.max_evaluations is not None:
-        strategy.max_evaluations = max(1, (strategy.max_evaluations - outcome.evaluations) // goals_left)
-    return strategy
-
-
-def _search_one(
-    session: Session,
-    goal: Hypothesis | None,
-    objective: Objective,
-    strategy: api.Strategy,
-    found: list[Candidate],
-    outcome: StageOutcome,
-) -> None:
-    spent = outcome.evaluations
-    payload = goal.payload if goal else ""
-    caught: dict[str, Candidate] = {}
-    tokenizer = session.pair().tokenizer
-    total = strategy.num_steps * strategy.num_restarts
-    with session.progress("search", total=total, unit="step", seconds=strategy.max_seconds) as bar:
-
-        def on_step(step: Step) -> None:
-            outcome.evaluations = spent + step.evaluations
-            text = decode(tokenizer, step.trigger_ids)
-            bar.update(
-                step.restart * strategy.num_steps + step.step + 1,
-                best=text,
-                score=step.score,
-                evaluations=step.evaluations,
-            )
-            _record_step(session, payload, text, step, spent)
-
-        def catch(candidate: Candidate) -> None:
-            caught[candidate.trigger] = candidate
-            outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
-
-        call = api.SearchCall(goal, objective, strategy, session.config.tokens, session.config.seed)
-        Group().announce(session.call(call))
-        try:
-            found += call.run(
-                session.pair(),
-                session.search_contexts,
-                on_step=on_step,
-                on_found=catch,
-                on_cost=outcome.spend,
-            )
-        except BaseException:
-            # Ctrl-C, a full disk: `search` still writes what came up until then.
-            found += caught.values()
-            raise
-
-
-def _record_step(session: Session, payload: str, trigger: str, step: Step, spent: int) -> None:
-    record = SearchStep(
-        hypothesis=payload,
-        restart=step.restart,
-        step=step.step,
-        trigger=trigger,
-        score=step.score,
-        evaluations=spent + step.evaluations,
-        seconds=step.seconds,
-        selection_rate=step.selection_rate,
-    )
-    append_record(session.folder.file("history.jsonl"), record)
-    numbers: dict[str, float | int | str] = {
-        "search/score": step.score,
-        "search/evaluations": record.evaluations,
-        "search/step": step.step,
-        "search/restart": step.restart,
-    }
-    if step.selection_rate is not None:
-        numbers["search/selection_rate"] = step.selection_rate
-    session.tracker.log(numbers)
 
 
 def closing_lines(folder: RunFolder) -> list[str]:

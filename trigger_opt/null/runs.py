@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trigger_opt.checkpoint import Checkpoints
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.null.controls import MODEL, Control, Suspect, forget_model, made_control, made_note
 from trigger_opt.progress import say
@@ -17,7 +18,7 @@ from trigger_opt.records import (
     read_records,
 )
 from trigger_opt.run_folder import SEARCH_SETTINGS, RunFolder, differences, hold_run_folder, machine, now
-from trigger_opt.session import Session
+from trigger_opt.session import Session, open_checkpoints
 from trigger_opt.tracking import JsonlTracker
 from trigger_opt.verify import detection_score
 
@@ -54,7 +55,8 @@ def search_control(
         stages = _stages(session)
         with hold_run_folder(path, info, stages=stages) as folder:
             folder.set_plan([f"{within}: the search of the run two folders up, on a control"])
-            _run(session, control, suspect, folder, within=within, search=lambda sub: search(sub, stages))
+            left = list(folder.info.unfinished)
+            _run(session, control, suspect, folder, within=within, search=lambda sub: search(sub, left))
     return finished(session, control, path), _evaluations(path) - before
 
 
@@ -105,20 +107,23 @@ def _run(
         say(f"{within}: {made.note}")
     if files is None:
         return
+    checkpoints = open_checkpoints(session.config, folder)
     tracker = JsonlTracker(folder.path)
     exit_code = 1
     try:
-        search(_session(session, files, folder, tracker, within))
+        search(_session(session, files, folder, (tracker, checkpoints), within))
         exit_code = 0
     finally:
         tracker.finish(exit_code)
     forget_model(control, suspect, folder.path)
 
 
-def _session(session: Session, files: ModelFiles, folder: RunFolder, tracker: JsonlTracker, within: str) -> Session:
+def _session(
+    session: Session, files: ModelFiles, folder: RunFolder, kept: tuple[JsonlTracker, Checkpoints], within: str
+) -> Session:
     model = replace(session.config.model, finetuned=files.name, controls=[])
     config = replace(session.config, model=model, run_dir=str(folder.path))
-    return Session(config, folder, tracker, [files, session.files[1]], session.options, within=within)
+    return Session(config, folder, *kept, [files, session.files[1]], session.options, within=within)
 
 
 def _stages(session: Session) -> list[str]:

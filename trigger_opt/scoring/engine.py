@@ -7,8 +7,8 @@ value before i as it was); the unembedding runs on scored positions only; the la
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,8 @@ from trigger_opt.scoring.heads import Divergence, divergences, token_scores
 from trigger_opt.scoring.lanes import in_lanes, num_lanes, parts_for, run_passes, threads_for
 from trigger_opt.scoring.meter import Cost, Meter, cost_of
 from trigger_opt.scoring.packing import Job, Pack, padded, split
-from trigger_opt.scoring.pass_size import pass_size
+from trigger_opt.scoring.pass_size import PassSize, pass_size
+from trigger_opt.scoring.state import restore_meter, restore_sizes, sizes_state, trunks_from, trunks_state
 
 Side = Literal["finetuned", "base"]
 Reduce = Callable[[Tensor, Tensor], Tensor]
@@ -213,6 +214,28 @@ class Engine:
         trunks = {key: trunk for p in parts for key, trunk in p.trunks.items()}
         return Gradient(Slopes(scores, dict(zip(sides, slopes, strict=True))), requests[0].ids, trunks)
 
+    def state(self) -> dict[str, Any]:
+        """What decides the last bits of later scores, and the meter; see `scoring.state`."""
+        trunks = trunks_state(self._trunks, self._left)
+        known = {"followed": self._followed, "trunks": trunks}
+        return {"meter": asdict(self.meter), "sizes": sizes_state(self._sizes()), **known}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be the engine that gave this state."""
+        restore_meter(self.meter, state["meter"])
+        restore_sizes(self._sizes(), state["sizes"])
+        self._followed = state["followed"]
+        self._trunks = trunks_from(state["trunks"], self._left)
+
+    def gradient_state(self, made: Gradient) -> dict[str, Any]:
+        """A gradient in plain values and tensors."""
+        return {**vars(made), "slopes": vars(made.slopes), "trunks": trunks_state(made.trunks, self._left)}
+
+    def gradient_from(self, state: Mapping[str, Any]) -> Gradient:
+        """The gradient that `gradient_state` was given."""
+        trunks = trunks_from(state["trunks"], self._left)
+        return Gradient(Slopes(**state["slopes"]), state["trigger"], trunks)
+
     def may_run_beside(self, other: "Engine") -> bool:
         """Whether one thread may use this engine and another thread the other."""
         mine, theirs = (list(e._models.values()) for e in (self, other))
@@ -347,7 +370,7 @@ class Engine:
         if any(len(r.forced) + 1 != scored for r in requests):
             raise ValueError("requests of one call must force equally many tokens")
         model = self._models[side]
-        size = pass_size(model if model.one_at_a_time else model.network, model.device)
+        size = self._sizes()[side]
         rows = self._group.least(size.rows if self._max_rows is None else min(size.rows, self._max_rows))
         lanes = num_lanes(model)
         passes = split(jobs, rows, max(self._group.least(lanes), self._group.shares))
@@ -407,6 +430,9 @@ class Engine:
             probe = max(((*c.left, *c.right) for c in self.contexts), key=len)
             self._forwards[id(model)] = Forward(model, probe)
         return self._forwards[id(model)]
+
+    def _sizes(self) -> dict[Side, PassSize]:
+        return {s: pass_size(m if m.one_at_a_time else m.network, m.device) for s, m in self._models.items()}
 
     def _cost(self, side: Side) -> Cost:
         if side not in self._costs:

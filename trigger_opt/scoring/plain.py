@@ -6,6 +6,8 @@ beside others of its length. Exact as the engine is, and slower.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +22,8 @@ from trigger_opt.scoring.heads import Divergence, divergences, token_scores
 from trigger_opt.scoring.lanes import run_passes
 from trigger_opt.scoring.meter import Cost, Meter, cost_of
 from trigger_opt.scoring.packing import Job
-from trigger_opt.scoring.pass_size import pass_size
+from trigger_opt.scoring.pass_size import PassSize, pass_size
+from trigger_opt.scoring.state import restore_meter, restore_sizes, sizes_state
 
 
 class PlainEngine:
@@ -124,6 +127,23 @@ class PlainEngine:
         """See `Engine.adopt`."""
         return found.slopes
 
+    def state(self) -> dict[str, Any]:
+        """See `Engine.state`; nothing is shared between passes."""
+        return {"meter": asdict(self.meter), "sizes": sizes_state(self._sizes())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Engine.restore`."""
+        restore_meter(self.meter, state["meter"])
+        restore_sizes(self._sizes(), state["sizes"])
+
+    def gradient_state(self, made: Gradient) -> dict[str, Any]:
+        """See `Engine.gradient_state`."""
+        return self._without_passes.gradient_state(made)
+
+    def gradient_from(self, state: Mapping[str, Any]) -> Gradient:
+        """See `Engine.gradient_from`."""
+        return self._without_passes.gradient_from(state)
+
     def to_tokens(self, slopes: Slopes, weights: Float[Tensor, " context"]) -> Float[Tensor, "trigger vocab"]:
         """See `Engine.to_tokens`."""
         return self._without_passes.to_tokens(slopes, weights)
@@ -185,7 +205,7 @@ class PlainEngine:
         if any(len(r.forced) + 1 != scored for r in requests):
             raise ValueError("requests of one call must force equally many tokens")
         model = self._models[side]
-        size = pass_size(model if model.one_at_a_time else model.network, model.device)
+        size = self._sizes()[side]
         rows = self.group.least(size.rows if self._max_rows is None else min(size.rows, self._max_rows))
         jobs = [Job(n, 0, 0, self._whole(r)) for n, r in enumerate(requests)]
         passes = _passes(jobs, rows)
@@ -216,6 +236,9 @@ class PlainEngine:
     def _whole(self, request: Request) -> tuple[int, ...]:
         context = self.contexts[request.context]
         return (*context.left, *request.ids, *context.right, *request.forced)
+
+    def _sizes(self) -> dict[Side, PassSize]:
+        return {s: pass_size(m if m.one_at_a_time else m.network, m.device) for s, m in self._models.items()}
 
     def _cost(self, side: Side) -> Cost:
         if side not in self._costs:

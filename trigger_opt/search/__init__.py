@@ -4,18 +4,22 @@ Nothing here knows a transformer: a search sees a `Scorer` and a check of which 
 """
 
 from trigger_opt.search.health import gradient_health
-from trigger_opt.search.loop import Found, NoValidStringError, Scorer, SearchSettings, Seeds, Step, Validity
+from trigger_opt.search.loop import NoValidStringError, SearchSettings
+from trigger_opt.search.protocol import Found, OnState, Scorer, SearchState, Seeds, Step, Validity, ignore_state
 from trigger_opt.search.strategies import GCG, RandomSearch
 
 __all__ = [
     "GCG",
     "Found",
     "NoValidStringError",
+    "OnState",
     "RandomSearch",
     "Scorer",
     "SearchSettings",
+    "SearchState",
     "Seeds",
     "Step",
     "Validity",
     "gradient_health",
+    "ignore_state",
 ]

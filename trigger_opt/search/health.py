@@ -13,7 +13,7 @@ from scipy.stats import rankdata, tiecorrect
 from torch import Tensor
 
 from trigger_opt.records import GradientHealth
-from trigger_opt.search.loop import Scorer
+from trigger_opt.search.protocol import Scorer
 from trigger_opt.search.moves import draw_swaps, random_options, random_triggers, top_swaps
 
 # Nats: scores nearer than this are one score, told apart by rounding only.

@@ -7,131 +7,31 @@ returned.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from functools import partial
+from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from pydantic import Field
 from torch import Tensor
 
 from trigger_opt.search.moves import distinct, random_triggers
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """What a search may ask. Scores are in nats, higher is more suspicious; contexts are named by number."""
-
-    @property
-    def num_contexts(self) -> int:
-        """How many contexts there are."""
-        ...
-
-    @property
-    def evaluations(self) -> int:
-        """Candidates scored so far, counted once per context."""
-        ...
-
-    def seconds(self) -> float:
-        """A monotonic clock; where several processes share a search, the same on all."""
-        ...
-
-    def prepare(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> None:
-        """Called before a step's scores with the incumbent and the contexts drawn."""
-        ...
-
-    def score(
-        self,
-        candidates: Int[Tensor, "batch trigger"],
-        contexts: Sequence[int],
-        *,
-        keep: int | None = None,
-        incumbents: int = 0,
-    ) -> Float[Tensor, "batch context"]:
-        """Score of each candidate in each context.
-
-        With `keep` only the best so many are asked for, and of those only what reaches the worst of the first
-        `incumbents` rows: others may hold -inf.
-        """
-        ...
-
-    def refine(
-        self,
-        candidates: Int[Tensor, "batch trigger"],
-        contexts: Sequence[int],
-        *,
-        keep: int,
-        incumbents: int,
-        ahead: tuple[Int[Tensor, " trigger"], Sequence[int]] | None = None,
-    ) -> Float[Tensor, "batch context"] | None:
-        """As `score` in the best precision there is; None where `score` is that already.
-
-        `ahead`: the incumbent and contexts that the next step will probably have.
-        """
-        ...
-
-    def known(self, candidates: Int[Tensor, "batch trigger"], contexts: Sequence[int]) -> Bool[Tensor, " batch"]:
-        """Which candidates were scored before in exactly these contexts."""
-        ...
-
-    def aggregate(self, scores: Float[Tensor, "batch context"]) -> Float[Tensor, " batch"]:
-        """One score a candidate."""
-        ...
-
-    def token_gradient(
-        self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]
-    ) -> Float[Tensor, "trigger vocab"]:
-        """Derivative of the aggregated score to each one-hot token."""
-        ...
-
-    def fires(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Bool[Tensor, " context"] | None:
-        """In which contexts the payload comes out; None where there is no payload."""
-        ...
-
-
-Validity = Callable[[Int[Tensor, "batch trigger"]], Bool[Tensor, " batch"]]
-Propose = Callable[[Int[Tensor, " trigger"], Sequence[int], int], Int[Tensor, "batch trigger"]]
+from trigger_opt.search.protocol import (
+    Found,
+    OnState,
+    Propose,
+    Scorer,
+    SearchState,
+    Seeds,
+    Step,
+    Validity,
+    ignore_found,
+    ignore_state,
+)
 
 
 class NoValidStringError(ValueError):
     """No string of allowed tokens can be typed in the contexts given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seeds:
-    """Where to begin.
-
-    Attributes:
-        tokens: ids that earlier stages found to raise the payload, strongest first; may be empty.
-        strings: whole strings to begin from, as token ids.
-    """
-
-    tokens: tuple[int, ...] = ()
-    strings: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """State after one step, for progress and records."""
-
-    restart: int
-    step: int
-    trigger_ids: tuple[int, ...]
-    score: float
-    evaluations: int
-    seconds: float
-    selection_rate: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """A string with its score over all contexts, and the share of them in which the payload comes out."""
-
-    trigger_ids: tuple[int, ...]
-    score: float
-    selection_rate: float | None
-    restart: int
-    step: int
-    evaluations: int
 
 
 @dataclass(kw_only=True)
@@ -172,10 +72,6 @@ class SearchSettings:
             )
 
 
-def ignore_found(found: Found) -> None:
-    """For callers who wait for the end of a search."""
-
-
 class Searcher:
     """One search: a scorer, settings and the loop over restarts; strategies differ in `propose` only."""
 
@@ -188,6 +84,7 @@ class Searcher:
         generator: torch.Generator,
         on_step: Callable[[Step], None],
         on_found: Callable[[Found], None] = ignore_found,
+        on_state: OnState = ignore_state,
     ) -> None:
         self._scorer = scorer
         self._settings = settings
@@ -195,6 +92,7 @@ class Searcher:
         self._generator = generator
         self._on_step = on_step
         self._on_found = on_found
+        self._on_state = on_state
         self._start = scorer.seconds()
         self._first_evaluation = scorer.evaluations
         self._rivals_win = True
@@ -208,7 +106,28 @@ class Searcher:
         contexts, upcoming = self._drawn_contexts(), self._drawn_contexts()
         self._scorer.prepare(pool[0], contexts)
         buffer = self._best_of(pool[:0], pool, contexts, upcoming)[0]
-        for step in range(self._settings.num_steps):
+        self._steps(number, 0, (buffer, upcoming), propose, share)
+
+    def go_on(self, state: SearchState, propose: Propose, share: float) -> None:
+        """The rest of the restart that `state` is of, after `restore`; see `restart`."""
+        if not state.ended:
+            self._steps(state.restart, state.step + 1, (state.buffer, state.upcoming), propose, share)
+
+    def restore(self, state: SearchState) -> None:
+        """Be the searcher that gave this state; what it had found is told again."""
+        self._scorer.restore(state.scorer)
+        self._generator.set_state(state.generator)
+        self._rivals_win = state.rivals_win
+        self._start = self._scorer.seconds() - state.seconds
+        self._first_evaluation = self._scorer.evaluations - state.evaluations
+        self.found = list(state.found)
+        for found in self.found:
+            self._on_found(found)
+
+    def _steps(self, number: int, first: int, begun: tuple[Tensor, list[int]], propose: Propose, share: float) -> None:
+        """Steps from `first` on; `begun`: the buffer, and the contexts drawn."""
+        buffer, upcoming = begun
+        for step in range(first, self._settings.num_steps):
             contexts = upcoming
             self._scorer.prepare(buffer[0], contexts)
             rivals = self._proposals(propose, buffer[0], contexts)
@@ -218,7 +137,9 @@ class Searcher:
             due = last or (step + 1) % self._settings.check_every == 0
             found = self._check(buffer[:1], number, step) if due else None
             self._report(number, step, buffer[0], score, found)
-            if last or (found is not None and self._fires_enough(found)):
+            ended = last or (found is not None and self._fires_enough(found))
+            self._on_state(partial(self._state, number, step, buffer, upcoming, ended=ended))
+            if ended:
                 return
 
     def consider(self, strings: Sequence[Sequence[int]]) -> None:
@@ -245,6 +166,13 @@ class Searcher:
     def evaluations(self) -> int:
         """Evaluations this search spent."""
         return self._scorer.evaluations - self._first_evaluation
+
+    def _state(self, number: int, step: int, buffer: Tensor, upcoming: list[int], *, ended: bool) -> SearchState:
+        return SearchState(
+            restart=number, step=step, ended=ended, buffer=buffer.clone(), upcoming=upcoming,
+            generator=self._generator.get_state(), rivals_win=self._rivals_win, found=list(self.found),
+            seconds=self.seconds, evaluations=self.evaluations, scorer=self._scorer.state(),
+        )  # fmt: skip
 
     def _drawn_contexts(self) -> list[int]:
         count = min(self._settings.contexts_per_step, self._scorer.num_contexts)

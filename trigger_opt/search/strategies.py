@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from trigger_opt.search.loop import (
+from trigger_opt.search.loop import Searcher, SearchSettings, initial_pool, ranked
+from trigger_opt.search.moves import draw_swaps, random_options, top_swaps
+from trigger_opt.search.protocol import (
     Found,
+    OnState,
     Scorer,
-    Searcher,
-    SearchSettings,
+    SearchState,
     Seeds,
     Step,
     Validity,
     ignore_found,
-    initial_pool,
-    ranked,
+    ignore_state,
 )
-from trigger_opt.search.moves import draw_swaps, random_options, top_swaps
 
 
 @dataclass(kw_only=True)
@@ -54,10 +54,13 @@ class Strategy(SearchSettings):
         generator: torch.Generator,
         on_step: Callable[[Step], None],
         on_found: Callable[[Found], None] = ignore_found,
+        on_state: OnState = ignore_state,
+        resume: SearchState | None = None,
     ) -> list[Found]:
         """Strings found, best first; stops early once one fires in enough contexts.
 
-        `on_found` gets each string at once, so that an interrupt loses none.
+        `on_found` gets each string at once, so that an interrupt loses none. `on_state`: after each step, what makes
+        the state from which this search goes on when it is given as `resume`, with all else the same.
         """
 
         def propose(
@@ -66,16 +69,29 @@ class Strategy(SearchSettings):
             options = self.options(scorer, trigger, contexts, allowed=allowed, generator=generator)
             return draw_swaps(trigger, options, count=count, n_replace=self.n_replace, generator=generator)
 
-        searcher = Searcher(scorer, settings=self, valid=valid, generator=generator, on_step=on_step, on_found=on_found)
-        searcher.consider(seeds.strings)
-        for number in range(self.num_restarts):
+        searcher = Searcher(
+            scorer, settings=self, valid=valid, generator=generator, on_step=on_step, on_found=on_found,
+            on_state=on_state,
+        )  # fmt: skip
+        first = 0
+        if resume is None:
+            searcher.consider(seeds.strings)
+        else:
+            searcher.restore(resume)
+            searcher.go_on(resume, propose, self._share(resume.restart))
+            first = resume.restart + 1
+        for number in range(first, self.num_restarts):
             if searcher.succeeded:
                 break
             pool = initial_pool(
                 seeds, allowed, valid, length=self.trigger_length, count=self.search_width, generator=generator
             )
-            searcher.restart(number, pool, propose, (number + 1) / self.num_restarts)
+            searcher.restart(number, pool, propose, self._share(number))
         return ranked(searcher.found)
+
+    def _share(self, number: int) -> float:
+        """Of the budget, that is spent once this restart is."""
+        return (number + 1) / self.num_restarts
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,263 @@
+"""The search stage: each payload hypothesis with its share of the budget, and how it goes on after an interruption."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from trigger_opt import api, interrupts
+from trigger_opt.config import RunConfig
+from trigger_opt.judging import to_verify
+from trigger_opt.objectives import JensenShannon, Objective
+from trigger_opt.progress import say
+from trigger_opt.prompts import decode
+from trigger_opt.records import (
+    Candidate,
+    Hypothesis,
+    SearchCost,
+    SearchStep,
+    append_record,
+    read_records,
+    write_record,
+    write_records,
+)
+from trigger_opt.report import arithmetic, gradient_sentence
+from trigger_opt.scoring import Group, Meter, matmul_rate
+from trigger_opt.search import GCG, SearchState, Step
+from trigger_opt.session import Session, StageOutcome
+from trigger_opt.verify import payload_words
+
+_COLUMNS = ["trigger", "payload", "score", "selection_rate", "restart", "step"]
+
+
+@dataclass
+class SearchProgress:
+    """How far the stage is.
+
+    Attributes:
+        goal: number of the hypothesis searched now. strategy: with its share of the budget. spent: evaluations before
+            it. search: from where its search goes on; None where it begins.
+        found: strings of the hypotheses before. before: seconds of earlier starts.
+    """
+
+    outcome: StageOutcome
+    strategy: api.Strategy
+    goal: int = 0
+    spent: int = 0
+    search: SearchState | None = None
+    found: list[Candidate] = field(default_factory=list)
+    before: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def begin(cls, session: Session, outcome: StageOutcome) -> "SearchProgress":
+        """From what an interrupted start of this stage kept, or from nothing."""
+        kept = outcome.state
+        strategy = replace(session.config.search)
+        if not kept:
+            outcome.matmul_rate = _matmul_rate(session)
+            return cls(outcome, strategy)
+        strategy.max_seconds, strategy.max_evaluations = kept["share"]
+        outcome.meter, outcome.rescoring = Meter(**kept["meter"]), Meter(**kept["rescoring"])
+        outcome.matmul_rate, outcome.seconds_before = kept["matmul_rate"], kept["elapsed"]
+        found = [Candidate(**c) for c in kept["found"]]
+        state = SearchState.from_plain(kept["search"])
+        say(f"{session.title('search')}: goes on after step {state.step + 1} of restart {state.restart + 1}")
+        return cls(outcome, strategy, kept["goal"], kept["spent"], state, found, kept["elapsed"])
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this stage, earlier starts included."""
+        return self.before + time.monotonic() - self.began
+
+    def turn_to(self, number: int, *, of: int, config: RunConfig) -> None:
+        """Search hypothesis `number` next; one that was interrupted keeps its share."""
+        if self.search is not None and number == self.goal:
+            return
+        self.goal, self.search, self.spent = number, None, self.outcome.evaluations
+        self.strategy = _share(config, self.elapsed, self.spent, of - number)
+
+    def state(self, search: SearchState) -> dict[str, Any]:
+        """What `begin` starts from."""
+        return {
+            "goal": self.goal,
+            "spent": self.spent,
+            "share": (self.strategy.max_seconds, self.strategy.max_evaluations),
+            "found": [asdict(c) for c in self.found],
+            "elapsed": self.elapsed,
+            "meter": asdict(self.outcome.meter),
+            "rescoring": asdict(self.outcome.rescoring),
+            "matmul_rate": self.outcome.matmul_rate,
+            "search": search.plain(),
+        }
+
+
+def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
+    """Strings that raise each hypothesis, best first, also written into candidates.jsonl; what it cost, into cost.json.
+
+    After each step, and now and then into the checkpoint, so much is kept that an interrupted stage ends as one that
+    was never interrupted.
+    """
+    goals, objective = _goals(session)
+    progress = SearchProgress.begin(session, outcome)
+    try:
+        if not outcome.state:
+            _look_at_gradient(session, goals[0], objective, outcome)
+        for number in range(progress.goal, len(goals)):
+            # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched: the
+            # first may be a persona that fires everywhere, and a later one the backdoor.
+            progress.turn_to(number, of=len(goals), config=session.config)
+            _search_one(session, goals[number], objective, progress)
+    finally:
+        # Also after Ctrl-C: what was found so far is worth verifying.
+        found = sorted(progress.found, key=lambda c: (-(c.selection_rate or 0.0), -c.score))
+        write_records(session.folder.file("candidates.jsonl"), to_verify(found, 200))
+        cost = _cost(session, outcome)
+        if cost.evaluations:
+            write_record(session.folder.file("cost.json"), cost)
+    rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
+    session.tracker.table("candidates", _COLUMNS, rows)
+    say(f"{session.title('arithmetic')}: {arithmetic(cost)}")
+    return found
+
+
+def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
+    config = session.config
+    objective: Objective = config.objective
+    if not objective.needs_payload:
+        return [None], objective
+    goals: list[Hypothesis | None] = []
+    if config.payload:
+        goals.append(
+            Hypothesis(payload=config.payload, score=0.0, source="given", evidence="given", inputs=[], rivals=[])
+        )
+    if session.folder.has("hypotheses.jsonl"):
+        found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
+        # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
+        for h in found:
+            given = goals[0] if config.payload else None
+            if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
+                # The payload given was found too: one goal, which begins from what raised it.
+                goals[0] = replace(given, inputs=h.inputs)
+            elif payload_words(h.payload):
+                goals.append(h)
+    if not goals:
+        say(f"no payload hypothesis: the search runs on divergence (js) alone instead of {objective.name!r}")
+        return [None], JensenShannon()
+    return goals[: config.max_hypotheses], objective
+
+
+def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective, outcome: StageOutcome) -> None:
+    """Where the search follows gradients: whether they say anything, for the best goal."""
+    config = session.config
+    if not isinstance(config.search, GCG):
+        return
+    health = api.gradient_health(
+        session.pair(),
+        session.search_contexts,
+        hypothesis=goal,
+        objective=objective,
+        policy=config.tokens,
+        seed=config.seed,
+        length=config.search.trigger_length,
+        on_cost=outcome.spend,
+    )
+    write_record(session.folder.file("gradient.json"), health)
+    say(f"{session.title('gradient')}: {gradient_sentence(health)}")
+
+
+def _cost(session: Session, outcome: StageOutcome) -> SearchCost:
+    meter = outcome.meter
+    return SearchCost(
+        evaluations=meter.evaluations,
+        flops=meter.flops,
+        least_flops=meter.least_flops,
+        gradient_flops=meter.gradient_flops,
+        rescoring_flops=outcome.rescoring.flops,
+        seconds=meter.seconds,
+        # Other work on the machine slows any one measurement: the better of before and after.
+        matmul_rate=Group().size * max(outcome.matmul_rate, _matmul_rate(session)),
+    )
+
+
+def _matmul_rate(session: Session) -> float:
+    model = session.pair().finetuned
+    return matmul_rate(model.device, next(model.network.parameters()).dtype)
+
+
+def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> api.Strategy:
+    """The strategy with its equal share of what is left of the budget."""
+    strategy: api.Strategy = replace(config.search)
+    if strategy.max_seconds is not None:
+        strategy.max_seconds = max(1.0, (strategy.max_seconds - elapsed) / goals_left)
+    if strategy.max_evaluations is not None:
+        strategy.max_evaluations = max(1, (strategy.max_evaluations - spent) // goals_left)
+    return strategy
+
+
+def _search_one(session: Session, goal: Hypothesis | None, objective: Objective, progress: SearchProgress) -> None:
+    strategy, spent, outcome = progress.strategy, progress.spent, progress.outcome
+    payload = goal.payload if goal else ""
+    caught: dict[str, Candidate] = {}
+    tokenizer = session.pair().tokenizer
+    total = strategy.num_steps * strategy.num_restarts
+    with session.progress("search", total=total, unit="step", seconds=strategy.max_seconds) as bar:
+
+        def on_step(step: Step) -> None:
+            outcome.evaluations = spent + step.evaluations
+            text = decode(tokenizer, step.trigger_ids)
+            bar.update(
+                step.restart * strategy.num_steps + step.step + 1,
+                best=text,
+                score=step.score,
+                evaluations=step.evaluations,
+            )
+            _record_step(session, payload, text, step, spent)
+
+        def catch(candidate: Candidate) -> None:
+            caught[candidate.trigger] = candidate
+            outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
+
+        def on_state(make: Callable[[], SearchState]) -> None:
+            if session.checkpoints.due() or interrupts.asked():
+                session.keep("search", progress.state(make()))
+            interrupts.check()
+
+        call = api.SearchCall(
+            goal, objective, strategy, session.config.tokens, session.config.seed, resume=progress.search
+        )
+        Group().announce(session.call(call))
+        try:
+            with interrupts.deferred():
+                made = call.run(
+                    session.pair(), session.search_contexts, on_step=on_step, on_found=catch, on_cost=outcome.spend,
+                    on_state=on_state,
+                )  # fmt: skip
+        except BaseException:
+            # Ctrl-C, a full disk: `search_strings` still writes what came up until then.
+            progress.found += caught.values()
+            raise
+        progress.found += made
+
+
+def _record_step(session: Session, payload: str, trigger: str, step: Step, spent: int) -> None:
+    record = SearchStep(
+        hypothesis=payload,
+        restart=step.restart,
+        step=step.step,
+        trigger=trigger,
+        score=step.score,
+        evaluations=spent + step.evaluations,
+        seconds=step.seconds,
+        selection_rate=step.selection_rate,
+    )
+    append_record(session.folder.file("history.jsonl"), record)
+    numbers: dict[str, float | int | str] = {
+        "search/score": step.score,
+        "search/evaluations": record.evaluations,
+        "search/step": step.step,
+        "search/restart": step.restart,
+    }
+    if step.selection_rate is not None:
+        numbers["search/selection_rate"] = step.selection_rate
+    session.tracker.log(numbers)
