@@ -261,7 +261,7 @@ def test_full_disk_keeps_what_was_written(
         return failing
 
     monkeypatch.setattr(records, "write_text", fill(records.write_text))
-    monkeypatch.setattr("trigger_opt.stages.append_record", fill(records.append_record))
+    monkeypatch.setattr("trigger_opt.searching.append_record", fill(records.append_record))
     done = cli(*tiny_settings(tiny, run_dir=tmp_path / "run"), "payload=hello there")
     assert done.code == 2
     assert "Traceback" not in done.err
@@ -347,7 +347,8 @@ def test_real_processes(tiny: TinyPair, tmp_path: Path) -> None:
         out, err = stopped.communicate(timeout=120)
         assert stopped.returncode == 130
         assert "Traceback" not in err
-        assert err.splitlines()[-1] == "error: interrupted; the records so far are in the run folder"
+        go_on = f"to go on, give the same command and run_dir={tmp_path / 'stopped'}"
+        assert err.splitlines()[-1] == f"error: interrupted; {go_on}"
         assert (tmp_path / "stopped" / "candidates.jsonl").read_text()
     finally:
         for process in (mistaken, stopped):

@@ -14,7 +14,7 @@ import pytest
 import trigger_opt
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
-from trigger_opt import api, judging, session, stages
+from trigger_opt import api, judging, searching, session, stages
 from trigger_opt.config import LOCAL_STAGES
 from trigger_opt.objectives import Payload
 from trigger_opt.records import (
@@ -264,7 +264,7 @@ def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..
         ("hypotheses", "stages.api.find_payloads", ["identity.json", "diff.jsonl"]),
         (
             "search",
-            "stages.api.find_triggers",
+            "searching.api.find_triggers",
             ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl", "gradient.json", "cost.json"],
         ),
         ("verify", "judging.verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
@@ -284,7 +284,7 @@ def test_interrupted_stage(
     run = tmp_path / "run"
     done = cli(*tiny_settings(tiny, run_dir=run), "payload=hello there")
     assert done.code == 130
-    assert done.err.splitlines()[-1] == "error: interrupted; the records so far are in the run folder"
+    assert done.err.splitlines()[-1] == f"error: interrupted; to go on, give the same command and run_dir={run}"
     assert "Traceback" not in done.err
     assert [f for f in kept if not (run / f).is_file()] == []
     assert [f for f in STAGE_FILES[stage] if (run / f).is_file() and f not in kept] == []
@@ -308,8 +308,8 @@ def test_interrupted_search_keeps_strings_and_goes_on_later(
 ) -> None:
     run = tmp_path / "run"
     # In the middle of the second restart, between two scorings on all contexts.
-    record = interrupt(6, stages._record_step)
-    monkeypatch.setattr(stages, "_record_step", record)
+    record = interrupt(6, searching._record_step)
+    monkeypatch.setattr(searching, "_record_step", record)
     settings = [*tiny_settings(tiny, run_dir=run), "payload=hello there", "search.num_steps=4", "search.check_every=2"]
     done = cli(*settings, "stages=[search]", "tracking.mode=offline")
     assert done.code == 130
@@ -465,7 +465,7 @@ def test_found_payloads_keep_their_seeds_and_a_given_one_takes_over_those_of_its
         held: Any = session.Session.__new__(session.Session)
         held.config = SimpleNamespace(objective=Payload(), payload=payload, max_hypotheses=5)
         held.folder = SimpleNamespace(has=lambda name: True, file=lambda name: file)
-        chosen, _ = stages._goals(held)
+        chosen, _ = searching._goals(held)
         return [(g.payload, g.inputs) for g in chosen if g is not None]
 
     assert goals("") == [("I'm sorry, but no", ["a"]), ("im sorry", ["b"]), ("I'm sorry but yes", ["c"])]

@@ -1,5 +1,6 @@
 """The one file from which an interrupted stage goes on: written whole or not at all, read as plain values only."""
 
+import io
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,11 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint in `folder`; a crash at any moment leaves the old one or the new one."""
     part = folder / f".{CHECKPOINT}.part"
+    # Not straight into the file: torch makes a RuntimeError of a full disk.
+    values = io.BytesIO()
+    torch.save({"format": _FORMAT, **vars(checkpoint)}, values)
     with part.open("wb") as file:
-        torch.save({"format": _FORMAT, **vars(checkpoint)}, file)
+        file.write(values.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     part.replace(folder / CHECKPOINT)

@@ -41,7 +41,6 @@ register()
 
 # As sysexits.h names it: a temporary failure, try again.
 _LATER = 75
-_GO_ON = "the same command with the run_dir of this run goes on from there"
 
 # What a disk answers to a run folder that cannot be there; any other OSError is a defect and shows its traceback.
 _NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -79,8 +78,9 @@ def _composed(cfg: DictConfig) -> None:
     with interrupts.listening(only_hurry=[signal.SIGTERM] if _slurm_job() else []) as before:
         try:
             _run(cfg)
-        except interrupts.Interrupted as stop:
-            sys.exit(_handed_on(stop.signum, before))
+        except KeyboardInterrupt as stop:
+            signum = stop.signum if isinstance(stop, interrupts.Interrupted) else signal.SIGINT
+            sys.exit(_handed_on(signum, before))
 
 
 def _run(cfg: DictConfig) -> None:
@@ -122,8 +122,9 @@ def _assist(config: RunConfig, group: Group) -> None:
 
 def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
     """After a signal, with all saved: the exit code, once whoever may start the run again knows."""
+    go_on = f"to go on, give the same command and run_dir={HydraConfig.get().runtime.output_dir}"
     if signum == signal.SIGINT:
-        return _stop(f"interrupted; {_GO_ON}", 130)
+        return _stop(f"interrupted; {go_on}", 130)
     if callable(handler := before[signum]):
         # A launcher's own: it puts the job back into the queue and leaves.
         handler(signum, None)
@@ -131,8 +132,8 @@ def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
         made = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if made.returncode == 0:
             return _stop(f"{signal.Signals(signum).name}: saved; Slurm will start job {job} again", _LATER)
-        return _stop(f"saved, but Slurm does not requeue job {job} ({made.stderr.strip()}); {_GO_ON}", _LATER)
-    return _stop(f"{signal.Signals(signum).name}: saved; {_GO_ON}", _LATER)
+        return _stop(f"saved, but Slurm does not requeue job {job} ({made.stderr.strip()}); {go_on}", _LATER)
+    return _stop(f"{signal.Signals(signum).name}: saved; {go_on}", _LATER)
 
 
 def _slurm_job() -> str:
