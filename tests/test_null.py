@@ -406,6 +406,7 @@ def test_an_interrupted_null_keeps_what_is_finished_and_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(judging, "verify_string", interrupted)
         assert cli(*settings(planted, held), *NULL).code == 130
+    searched = (placebo / "candidates.jsonl").read_bytes()
     assert [c.folder for c in read_records(held / "null.jsonl", NullControl)] == ["twin_1"]
     assert not (held / "null.json").is_file()
     for folder in (placebo, held):
@@ -414,7 +415,9 @@ def test_an_interrupted_null_keeps_what_is_finished_and_goes_on(
     assert done.code == 0, done.err
     assert contents(held / "null" / "twin_1") == twin
     assert contents(placebo / "model") == model
-    assert (placebo / "candidates.jsonl.old-2").is_file()
+    # Its search had ended: only what came after it was done again.
+    assert (placebo / "candidates.jsonl").read_bytes() == searched
+    assert not (placebo / "candidates.jsonl.old-2").exists()
     assert [c.folder for c in read_records(held / "null.jsonl", NullControl)] == ["twin_1", "placebo_1"]
     assert read_record(held / "null.json", NullResult).p_value == 1 / 3
 

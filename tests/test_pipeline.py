@@ -338,7 +338,7 @@ def test_error_in_the_search_keeps_strings_too(
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(stages, "_record_step", broken)
+    monkeypatch.setattr(searching, "_record_step", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         cli(*tiny_settings(tiny, run_dir=tmp_path), "objective=js", "stages=[search]", "search.check_every=1")
     assert read_records(tmp_path / "candidates.jsonl", Candidate)
@@ -417,6 +417,7 @@ BLIND = [
     "report",
     "hypotheses",
     "stages.py",
+    "searching.py",
     "pipeline.py",
     "planning.py",
     "scoring",

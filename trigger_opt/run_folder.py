@@ -124,7 +124,9 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
     if not earlier.is_file():
         return info
     old = read_record(earlier, RunInfo)
-    if old.unfinished and old.config.get("stages") == info.config.get("stages"):
+    # What is left of a command is the end of its stages.
+    same = old.config.get("stages") == info.config.get("stages")
+    if old.unfinished and same and old.unfinished == info.unfinished[-len(old.unfinished) :]:
         return _gone_on(path, old, info)
     if not old.stages:
         # It stopped before it did anything, say at a wrong base: nothing there is worth guarding.
