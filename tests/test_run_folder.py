@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def test_is_made_with_its_parents_and_released(tmp_path: Path) -> None:
     with hold_run_folder(path, INFO, stages=ALL) as folder:
         folder.set_plan(["one", "two"])
         folder.add_stage(RUN)
-    assert read_record(path / "run.json", RunInfo) == replace(INFO, plan=["one", "two"], stages=[RUN])
+    left = [s for s in ALL if s != "diff"]
+    made = replace(INFO, plan=["one", "two"], stages=[RUN], unfinished=left)
+    assert read_record(path / "run.json", RunInfo) == made
     with hold_run_folder(path, INFO, stages=["diff"]):
         pass
 
@@ -77,7 +80,8 @@ def test_killed_process_holds_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", [ALL, ("diff", "search", "verify", "report")])
 def test_second_whole_run_is_refused(tmp_path: Path, stages: tuple[str, ...]) -> None:
     with hold_run_folder(tmp_path, INFO, stages=ALL) as folder:
-        folder.add_stage(RUN)
+        for stage in ALL:
+            folder.add_stage(replace(RUN, stage=stage))
     before = (tmp_path / "run.json").read_bytes()
     with (
         pytest.raises(UserError, match=r"already holds a run; name the stages.*or give another run_dir"),
@@ -162,3 +166,56 @@ def test_timed_counts_also_after_an_error() -> None:
         raise KeyError
     assert len(seconds) == 1
     assert seconds[0] >= 0
+
+
+def broken_off(path: Path, info: RunInfo, *, ended: Sequence[str], broken: str) -> None:
+    """A run of all stages that ended some and was interrupted in one."""
+    with hold_run_folder(path, info, stages=ALL) as folder:
+        folder.begin()
+        for stage in ended:
+            folder.add_stage(replace(RUN, stage=stage))
+        folder.add_stage(replace(RUN, stage=broken, summary="interrupted"), ended=False)
+
+
+def test_same_command_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    info = replace(INFO, config={"seed": 1, "tracking": {"mode": "off"}})
+    broken_off(tmp_path, info, ended=["diff"], broken="hypotheses")
+    again = replace(info, config={"seed": 1, "tracking": {"mode": "offline"}}, command="typed again", started="later")
+    with hold_run_folder(tmp_path, again, stages=ALL) as folder:
+        assert folder.goes_on == "hypotheses"
+        assert (folder.info.starts, folder.info.command, folder.info.started) == (2, "c", INFO.started)
+        assert [s.stage for s in folder.info.stages] == ["diff"]
+        assert folder.info.unfinished == list(ALL[1:])
+        folder.begin()
+    # Killed before it wrote anything else.
+    with hold_run_folder(tmp_path, again, stages=ALL) as folder:
+        assert (folder.goes_on, folder.info.starts) == ("hypotheses", 3)
+
+
+def test_interrupted_run_is_not_gone_on_with_under_other_settings(tmp_path: Path) -> None:
+    broken_off(tmp_path, replace(INFO, config={"search": {"topk": 8}}), ended=["diff"], broken="search")
+    before = (tmp_path / "run.json").read_bytes()
+    other = replace(INFO, config={"search": {"topk": 9}})
+    expected = r"interrupted in stage 'hypotheses' and had search.topk=8; give the same to go on"
+    with pytest.raises(UserError, match=expected), hold_run_folder(tmp_path, other, stages=ALL):
+        pass
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_other_stages_of_an_interrupted_run_are_a_command_of_their_own(tmp_path: Path) -> None:
+    broken_off(tmp_path, replace(INFO, config={"stages": list(ALL)}), ended=["diff"], broken="search")
+    later = replace(INFO, config={"stages": ["verify"]}, command="d")
+    with hold_run_folder(tmp_path, later, stages=["verify"]) as folder:
+        assert folder.goes_on is None
+        assert (folder.info.starts, folder.info.unfinished, folder.info.command) == (1, ["verify"], "c\nd")
+
+
+def test_finished_stages_of_an_earlier_command_stay_in_the_record(tmp_path: Path) -> None:
+    with hold_run_folder(tmp_path, INFO, stages=["search", "verify"]) as folder:
+        for stage in ("search", "verify"):
+            folder.add_stage(replace(RUN, stage=stage))
+    for _ in range(2):
+        with hold_run_folder(tmp_path, INFO, stages=["verify"]) as folder:
+            folder.begin()
+    assert folder.goes_on == "verify"
+    assert [s.stage for s in folder.info.stages] == ["search", "verify"]
