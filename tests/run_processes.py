@@ -1,6 +1,7 @@
 """Runs of the command line in processes of their own that may be killed: forked from one that has imported all and
 computed nothing, so that each starts in milliseconds."""
 
+import importlib
 import itertools
 import json
 import os
@@ -23,13 +24,16 @@ class Runs:
 
     zygote: "subprocess.Popen[str]"
 
-    def start(self, arguments: Sequence[str], log: Path, *, die: tuple[str, str, int] | None = None) -> int:
+    def start(
+        self, arguments: Sequence[str], log: Path, *, die: tuple[str, str, int] | None = None, slurm_job: str = ""
+    ) -> int:
         """Process id of `python -m trigger_opt ARGUMENTS`, all it prints in `log`.
 
         Args:
             die: kills itself at (a function of `_PLACES`, "before" or "after", which call of it).
+            slurm_job: number of the Slurm job it believes to be.
         """
-        return self._order(what="run", arguments=list(arguments), log=str(log), die=die)
+        return self._order(what="run", arguments=list(arguments), log=str(log), die=die, slurm_job=slurm_job)
 
     def wait(self, pid: int) -> int:
         """Exit code; negative: the signal."""
@@ -77,6 +81,13 @@ def until(happened: Callable[[], bool], *, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+# What a run imports only when it needs it: seconds, which each of the forks would spend again.
+_LATE = (
+    "trigger_opt.entry", "torch._dynamo", "torch.distributed.tensor", "accelerate", "jinja2", "peft",
+    "transformers.generation", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.llama.modeling_llama", "transformers.integrations.hub_kernels", "wandb",
+)  # fmt: skip
+
 # Where a run may be told to kill itself.
 _PLACES = {
     "checkpoint": "trigger_opt.checkpoint:save_checkpoint",
@@ -88,8 +99,8 @@ _PLACES = {
 
 def main() -> None:
     """Forks, and waits for what was forked, as told on stdin: one JSON object a line, answered by one number."""
-    import trigger_opt.entry  # noqa: F401
-
+    for module in _LATE:
+        importlib.import_module(module)
     for text in sys.stdin:
         order = json.loads(text)
         if order["what"] == "wait":
@@ -109,6 +120,8 @@ def _forked(order: dict[str, Any]) -> int:
     try:
         if order["die"]:
             _arm(*order["die"])
+        if order["slurm_job"]:
+            os.environ["SLURM_JOB_ID"] = order["slurm_job"]
         code = _run(order["arguments"])
     finally:
         sys.stdout.flush()
@@ -117,12 +130,11 @@ def _forked(order: dict[str, Any]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> object:
+    from trigger_opt import searching
     from trigger_opt.__main__ import main as run
 
     # Twice half a second in every search.
-    import trigger_opt.searching as searching
-
-    searching.matmul_rate = lambda device, dtype: 1e11
+    setattr(searching, "matmul_rate", lambda device, dtype: 1e11)  # noqa: B010
     sys.argv = ["trigger_opt", *arguments]
     try:
         run()

@@ -22,7 +22,7 @@ STATE: dict[str, Any] = {
     "step": 3,
     "none": None,
     "texts": ["\ud800 lone", "\u2028"],
-    ("side", 1): (1.5, float("-inf"), True),
+    "tuple": ("side", 1, 1.5, float("-inf"), True),
     "tensor": torch.arange(6, dtype=torch.int32).view(2, 3),
     "generator": torch.Generator().manual_seed(1).get_state(),
     "bf16": torch.full((2,), 1 / 3, dtype=torch.bfloat16),

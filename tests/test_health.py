@@ -1,7 +1,7 @@
 """Gradient health on toys whose gradient is right, shuffled, reversed, zero or nothing but rounding; and on a pair."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,12 @@ class Table:
         if self.flat is not None:
             scores = 1.0 + self.flat * torch.randn(len(candidates), generator=torch.Generator().manual_seed(1))
         return scores[:, None] + torch.arange(len(contexts))
+
+    def state(self) -> dict[str, Any]:
+        raise AssertionError("nothing here is interrupted")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        raise AssertionError("nothing here is interrupted")
 
     def refine(
         self, candidates: Tensor, contexts: Sequence[int], *, keep: int, incumbents: int, ahead: Any = None

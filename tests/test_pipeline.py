@@ -14,7 +14,7 @@ import pytest
 import trigger_opt
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
-from trigger_opt import api, judging, searching, session, stages
+from trigger_opt import api, judging, searching, session
 from trigger_opt.config import LOCAL_STAGES
 from trigger_opt.objectives import Payload
 from trigger_opt.records import (

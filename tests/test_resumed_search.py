@@ -124,7 +124,8 @@ def test_state_of_another_step_leads_elsewhere() -> None:
 
 
 def test_asking_for_states_changes_nothing() -> None:
-    asked = search(make_pair(), Payload(), GCG(**SHARED), on_state=lambda make: make() and None)
+    states: list[SearchState] = []
+    asked = search(make_pair(), Payload(), GCG(**SHARED), on_state=lambda make: states.append(make()))
     assert asked == search(make_pair(), Payload(), GCG(**SHARED))
 
 

@@ -4,57 +4,21 @@ import json
 import os
 import shlex
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.tracking_setup import TEXT, isolate_wandb, open_run, run_python
 from tests.wandb_reader import OfflineArtifact, read_run, read_table, sessions
 from trigger_opt.errors import UserError
-from trigger_opt.tracking import JsonlTracker, NullTracker, Tracker, Trackers, open_tracker, read_metrics
-
-TEXT = 'a\u2028b\u202e\x1b[31m "q" 漢字 \ud800'
-"""What a model may say: line separators, escapes and a lone surrogate."""
+from trigger_opt.tracking import JsonlTracker, Moment, Tracker, job_type_of, read_metrics
 
 
 @pytest.fixture(autouse=True)
 def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-
-
-def open_run(run_dir: Path, mode: str = "offline", project: str = "backdoors") -> Tracker:
-    config = {"search": {"num_steps": 3}, "seed": 0}
-    return open_tracker(
-        run_dir, mode=mode, project=project, group="sweep-1", name="gcg seed=0", tags=["gcg", "cpu"], config=config
-    )
-
-
-def run_python(code: str, run_dir: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` after opening lines that define `run_dir` and `start(mode)`; for what must not touch this process."""
-    head = (
-        "import sys\nfrom pathlib import Path\nfrom trigger_opt.tracking import WandbTracker, open_tracker\n"
-        f"run_dir = Path({str(run_dir)!r})\n"
-        "about = dict(project='p', group='g', name='n', tags=[], config={})\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", head + code],
-        env=dict(os.environ) | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    isolate_wandb(monkeypatch, tmp_path)
 
 
 def log_whole_run(tracker: Tracker, artifact: Path) -> None:
@@ -80,6 +44,7 @@ def test_offline_run_can_be_read_back_whole(tmp_path: Path, artifact: Path) -> N
     run = read_run(session)
     assert run.run_id == (run_dir / "wandb_run_id.txt").read_text().strip()
     assert (run.project, run.group, run.name, run.tags) == ("backdoors", "sweep-1", "gcg seed=0", ["gcg", "cpu"])
+    assert run.job_type == "search"
     assert run.config == {"search": {"num_steps": 3}, "seed": 0}
     assert [row["_step"] for row in run.history] == [0, 1, 2, 3]
     assert run.history[2]["search/score"] == 1.0
@@ -112,7 +77,7 @@ def test_a_reopened_folder_continues_the_same_run_at_the_next_step(tmp_path: Pat
     log_whole_run(open_run(tmp_path), artifact)
     first, second = (read_run(session) for session in sessions(tmp_path))
     assert first.run_id == second.run_id != ""
-    assert [row["_step"] for row in first.history + second.history] == list(range(8))
+    assert [row["_step"] for row in second.history] == list(range(8))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "step" in line] == list(range(8))
 
@@ -127,28 +92,35 @@ def test_a_second_run_in_one_process_keeps_its_rows_to_itself(tmp_path: Path) ->
     assert [[row["a/x"] for row in history] for history in rows] == [[1], [2]]
 
 
-def test_offline_opens_no_connection_whatever_the_environment_says(tmp_path: Path) -> None:
-    code = "t = open_tracker(run_dir, mode='offline', **about); t.log({'a/x': 1}); t.finish(0)"
+def test_offline_samples_the_machine_but_opens_no_connection_whatever_the_environment_says(tmp_path: Path) -> None:
+    code = (
+        "import time\nt = open_tracker(run_dir, mode='offline', **about); t.log({'a/x': 1})\n"
+        "for _ in range(4): time.sleep(0.2)\nt.finish(0)"
+    )
     with socket.create_server(("127.0.0.1", 0)) as server:
         # As proxy too, so that a call to any other host would come by here.
         here = f"http://127.0.0.1:{server.getsockname()[1]}"
-        names = ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-        done = run_python(code, tmp_path, WANDB_MODE="online", WANDB_API_KEY="k" * 40, **dict.fromkeys(names, here))
+        names = ("WANDB_BASE_URL", "WANDB__STATS_COREWEAVE_METADATA_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        asked = {"WANDB_MODE": "online", "WANDB_API_KEY": "k" * 40, "WANDB__STATS_SAMPLING_INTERVAL": "0.1"}
+        done = run_python(code, tmp_path, **asked, **dict.fromkeys(names, here))
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert read_run(sessions(tmp_path)[0]).history[0]["a/x"] == 1
+    run = read_run(sessions(tmp_path)[0])
+    assert run.history[0]["a/x"] == 1
+    assert {"cpu", "memory_percent", "proc.memory.rssMB"} <= {name for sample in run.system for name in sample}
 
 
-def test_sync_hint_names_the_sessions_not_uploaded_yet(tmp_path: Path) -> None:
+def test_sync_hint_names_the_newest_session_until_it_is_uploaded(tmp_path: Path) -> None:
     run_dir = tmp_path / "with space"
-    open_run(run_dir).finish(0)
     tracker = open_run(run_dir)
     tracker.finish(0)
-    first, second = sessions(run_dir)
-    assert shlex.split(tracker.sync_hint() or "") == ["wandb", "sync", str(first), str(second)]
-    (first / "run-x.wandb.synced").touch()
+    (first,) = sessions(run_dir)
+    assert shlex.split(tracker.sync_hint() or "") == ["wandb", "sync", str(first)]
+    tracker = open_run(run_dir)
+    tracker.finish(0)
+    (second,) = set(sessions(run_dir)) - {first}
     assert shlex.split(tracker.sync_hint() or "") == ["wandb", "sync", str(second)]
     (second / "run-x.wandb.synced").touch()
     assert tracker.sync_hint() is None
@@ -194,7 +166,7 @@ def test_online_never_asks_for_a_key_on_a_terminal(tmp_path: Path) -> None:
 
 def test_online_with_an_unreachable_server_fails_soon_with_the_remedy(tmp_path: Path) -> None:
     began = time.monotonic()
-    code = "WandbTracker(run_dir, online=True, patience=1.0, **about)"
+    code = "WandbBackend(run_dir, online=True, patience=1.0, **about)"
     done = run_python(code, tmp_path, WANDB_BASE_URL="http://127.0.0.1:1", WANDB_API_KEY="0123456789" * 4)
     last = done.stderr.strip().splitlines()[-1]
     assert "UserError: W&B cannot start in tracking.mode=online: CommError" in last
@@ -301,50 +273,90 @@ def test_a_metric_cannot_take_a_key_of_the_file(tmp_path: Path, name: str) -> No
 
 
 def test_an_unknown_mode_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tracking\.mode=on is unknown; choose one of online, offline, disabled, off"):
+    with pytest.raises(UserError, match=r"tracking\.mode=on is unknown; choose one of online, offline, tensorboard,"):
         open_run(tmp_path, mode="on")
 
 
-def test_trackers_hand_everything_to_each() -> None:
-    class Recorder(NullTracker):
-        def __init__(self, hint: str | None) -> None:
-            self.calls: list[Any] = []
-            self.hint = hint
+@pytest.mark.parametrize(
+    ("stages", "kind"),
+    [(["diff", "search", "verify"], "search"), (["verify", "report"], "verify"), (["transfer"], "transfer"), ([], "")],
+)
+def test_a_run_that_searches_is_a_search_and_others_are_what_they_begin_with(stages: list[str], kind: str) -> None:
+    assert job_type_of(stages) == kind
 
-        def log(self, metrics: Mapping[str, float | int | str]) -> None:
-            self.calls.append(("log", metrics))
 
-        def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-            self.calls.append(("table", name, columns, rows))
+class Recorder:
+    """A backend that remembers what it was given."""
 
-        def artifact(self, name: str, kind: str, files: Sequence[Path]) -> None:
-            self.calls.append(("artifact", name, kind, files))
+    def __init__(self, hint: str | None = None) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.hint = hint
 
-        def summary(self, values: Mapping[str, object]) -> None:
-            self.calls.append(("summary", values))
+    def log(self, at: Moment, metrics: Mapping[str, float | int | str]) -> None:
+        self.calls.append((at, dict(metrics)))
 
-        def finish(self, exit_code: int) -> None:
-            self.calls.append(("finish", exit_code))
+    def table(self, at: Moment, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self.calls.append((at, name, columns, rows))
 
-        def sync_hint(self) -> str | None:
-            return self.hint
+    def artifact(self, name: str, kind: str, files: Sequence[Path]) -> None:
+        self.calls.append((name, kind, [file.name for file in files], [file.read_text() for file in files]))
 
-    a, b = Recorder(None), Recorder("wandb sync x")
-    both = Trackers([a, b])
-    both.log({"a/x": 1})
-    both.table("t", ["c"], [[1]])
-    both.artifact("n", "k", [Path("f")])
-    both.summary({"s": 1})
-    both.finish(3)
-    assert (
-        a.calls
-        == b.calls
-        == [
-            ("log", {"a/x": 1}),
-            ("table", "t", ["c"], [[1]]),
-            ("artifact", "n", "k", [Path("f")]),
-            ("summary", {"s": 1}),
-            ("finish", 3),
-        ]
-    )
-    assert both.sync_hint() == "wandb sync x"
+    def summary(self, values: Mapping[str, object]) -> None:
+        self.calls.append((values,))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append((exit_code,))
+
+    def sync_hint(self) -> str | None:
+        return self.hint
+
+
+def test_a_backend_gets_everything_live_and_all_but_the_end_again_when_the_folder_is_reopened(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "page.html").write_text("page")
+    tracker, live = JsonlTracker(tmp_path), Recorder()
+    tracker.attach(live)
+    tracker.log({"a/x": 1, "a/low": float("-inf")})
+    tracker.table("t", ["c"], [[None], ["NaN"], [float("inf")]])
+    tracker.artifact("n", "k", [tmp_path / "sub" / "page.html"])
+    tracker.summary({"s": float("nan")})
+    tracker.finish(3)
+    assert [call[1:] for call in live.calls[:2]] == [
+        ({"a/x": 1, "a/low": float("-inf")},),
+        ("t", ["c"], [[None], ["NaN"], ["Infinity"]]),
+    ]
+    assert live.calls[2:] == [("n", "k", ["page.html"], ["page"]), ({"s": "NaN"},), (3,)]
+    assert [call[0].step for call in live.calls[:2] if isinstance(call[0], Moment)] == [0, 1]
+    again = Recorder()
+    JsonlTracker(tmp_path).attach(again)
+    assert again.calls == live.calls[:-1]
+
+
+def test_an_artifact_is_given_again_once_and_only_while_its_files_are_there(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path)
+    for text in ("first", "second"):
+        for name in ("kept", "gone"):
+            (tmp_path / name).write_text(text)
+            tracker.artifact(name, "k", [tmp_path / name])
+    (tmp_path / "gone").unlink()
+    again = Recorder()
+    JsonlTracker(tmp_path).attach(again)
+    assert again.calls == [("kept", "k", ["kept"], ["second"])]
+
+
+def test_the_first_hint_of_a_backend_is_the_hint(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path)
+    for hint in (None, "wandb sync x", "another"):
+        tracker.attach(Recorder(hint))
+    assert tracker.sync_hint() == "wandb sync x"
+
+
+def test_rows_cut_off_leave_their_steps_to_those_logged_next(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path)
+    tracker.log({"a/x": 0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    tracker.log({"a/x": 1})
+    os.truncate(tmp_path / "metrics.jsonl", size)
+    JsonlTracker(tmp_path).log({"a/x": 2})
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["a/x"]) for line in lines] == [(0, 0), (1, 2)]

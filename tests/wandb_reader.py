@@ -32,18 +32,22 @@ class OfflineRun:
     """What one session of a run left on disk.
 
     Attributes:
-        history: logged rows without W&B's own keys, each with its "_step".
+        history: logged rows without W&B's own keys, each with its "_step". times: when each was logged, Unix seconds.
+        system: samples of the machine's use, names as W&B's ("cpu", "proc.memory.rssMB", …).
         exit_code: None when the session was killed.
     """
 
     run_id: str = ""
     project: str = ""
     group: str = ""
+    job_type: str = ""
     name: str = ""
     host: str = ""
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    system: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     artifacts: list[OfflineArtifact] = field(default_factory=list)
     exit_code: int | None = None
@@ -76,11 +80,15 @@ def _add(run: OfflineRun, record: Any) -> None:
         about = record.run
         run.run_id, run.project, run.group = about.run_id, about.project, about.run_group
         run.name, run.host, run.tags = about.display_name, about.host, list(about.tags)
+        run.job_type = about.job_type
         run.config.update({k: v for k, v in _items(about.config.update).items() if k != "_wandb"})
     elif kind == "history":
         row = _items(record.history.item)
         own = {"_timestamp", "_runtime", "_wandb"}
         run.history.append({k: v for k, v in row.items() if k not in own} | {"_step": record.history.step.num})
+        run.times.append(row["_timestamp"])
+    elif kind == "stats":
+        run.system.append(_items(record.stats.item))
     elif kind == "summary":
         run.summary.update(_items(record.summary.update))
     elif kind == "artifact":
@@ -92,7 +100,7 @@ def _add(run: OfflineRun, record: Any) -> None:
 
 def _items(items: Any) -> dict[str, Any]:
     """Keys and JSON values; a nested key becomes "outer.inner"."""
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    return {item.key or ".".join(getattr(item, "nested_key", ())): json.loads(item.value_json) for item in items}
 
 
 def _records(path: Path) -> Iterator[Any]:

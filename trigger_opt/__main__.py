@@ -1,4 +1,4 @@
-"""`python -m trigger_opt +experiment=NAME`, the commands `transfer` and `contrast`, and the script `trigger-opt`."""
+"""`python -m trigger_opt +experiment=NAME`, commands (`transfer`, `collect`, …), and the script `trigger-opt`."""
 
 import sys
 
@@ -13,6 +13,10 @@ def main() -> None:
         from trigger_opt.candidates.commands import main as candidates
 
         sys.exit(candidates(sys.argv[2:]))
+    if sys.argv[1:2] == ["collect"]:
+        from trigger_opt.collect.commands import main as collect
+
+        sys.exit(collect(sys.argv[2:]))
     if sys.argv[1:2] == ["contrast"]:
         from trigger_opt.contrast.commands import main as contrast
 

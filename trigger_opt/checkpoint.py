@@ -148,13 +148,22 @@ class Checkpoints:
 
     def save(self, stage: str, state: dict[str, Any]) -> None:
         """Keep `state` for a later start."""
-        sizes = {n: p.stat().st_size if (p := self._folder / n).is_file() else 0 for n in self._grows}
+        sizes = {name: _on_disk(self._folder / name) for name in self._grows}
         save_checkpoint(self._folder, Checkpoint(stage=stage, state=state, sizes=sizes, versions=self._versions))
         self._steps, self._saved = 0, time.monotonic()
 
     def forget(self) -> None:
         """The stage has ended, and its records are written."""
         (self._folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _on_disk(path: Path) -> int:
+    """The size of a file, all of which is on the disk: after a power failure no checkpoint may know of more."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:

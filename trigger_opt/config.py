@@ -136,9 +136,9 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class TrackingConfig:
-    """Where numbers go besides metrics.jsonl: W&B offline (default), online, or off."""
+    """Where numbers go besides metrics.jsonl: W&B offline (default) or online, TensorBoard, or off."""
 
-    mode: Annotated[str, Field(pattern="^(offline|online|off)$")] = "offline"
+    mode: Annotated[str, Field(pattern="^(offline|online|tensorboard|off)$")] = "offline"
     project: Annotated[str, Field(min_length=1)] = "trigger_opt"
     group: str | None = None
     tags: list[str] = field(default_factory=list)

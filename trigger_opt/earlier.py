@@ -8,6 +8,7 @@ from trigger_opt.candidates import CandidateLedger, contexts_hash, default_path,
 from trigger_opt.models.fingerprint import pair_fingerprint
 from trigger_opt.progress import say
 from trigger_opt.records import Candidate, Completion, Verification, write_records
+from trigger_opt.run_folder import run_name
 from trigger_opt.session import Session
 from trigger_opt.verify.refuted import refuted_by
 
@@ -44,7 +45,7 @@ class Earlier:
         # Held otherwise, a model may answer otherwise.
         fingerprint = pair_fingerprint(session.files[0], session.files[1])
         self._pair = f"{fingerprint}:{model.dtype}:{model.quantization}"
-        self._run = session.folder.path.name
+        self._run = run_name(session.folder.path.resolve())
         self._contexts = contexts_hash(session.held_out)
         settings = session.config.verify
         self._thresholds: dict[str, float] = asdict(settings.thresholds)

@@ -39,8 +39,6 @@ from trigger_opt.scoring import Group, start_group
 register_resolvers()
 register()
 
-# As sysexits.h names it: a temporary failure, try again.
-_LATER = 75
 
 # What a disk answers to a run folder that cannot be there; any other OSError is a defect and shows its traceback.
 _NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -117,7 +115,7 @@ def _assist(config: RunConfig, group: Group) -> None:
             if not interrupts.asked():
                 raise
             # The first process has stopped.
-            sys.exit(_LATER)
+            sys.exit(interrupts.LATER)
 
 
 def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
@@ -131,9 +129,9 @@ def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
     if signum in (signal.SIGUSR1, signal.SIGUSR2) and (job := _slurm_job()):
         made = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if made.returncode == 0:
-            return _stop(f"{signal.Signals(signum).name}: saved; Slurm will start job {job} again", _LATER)
-        return _stop(f"saved, but Slurm does not requeue job {job} ({made.stderr.strip()}); {go_on}", _LATER)
-    return _stop(f"{signal.Signals(signum).name}: saved; {go_on}", _LATER)
+            return _stop(f"{signal.Signals(signum).name}: saved; Slurm will start job {job} again", interrupts.LATER)
+        return _stop(f"saved, but Slurm does not requeue job {job} ({made.stderr.strip()}); {go_on}", interrupts.LATER)
+    return _stop(f"{signal.Signals(signum).name}: saved; {go_on}", interrupts.LATER)
 
 
 def _slurm_job() -> str:

@@ -12,25 +12,27 @@ from typing import Any
 from trigger_opt import __version__, api
 from trigger_opt.config import RunConfig
 from trigger_opt.errors import UserError
+from trigger_opt.interrupts import Interrupted
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import ModelPair, load_pair
 from trigger_opt.planning import load_options, plan_run
 from trigger_opt.progress import say
 from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import RunInfo, write_record
-from trigger_opt.run_folder import RunFolder, hold_run_folder, loads_models, machine, now, versions
+from trigger_opt.run_folder import RunFolder, hold_run_folder, loads_models, machine, now, run_name, versions
 from trigger_opt.scoring import Group
 from trigger_opt.session import Session, open_checkpoints
 from trigger_opt.stages import STAGES, closing_lines, require_records
-from trigger_opt.tracking import open_tracker
+from trigger_opt.tracking import job_type_of, open_tracker
 from trigger_opt.weight_diff import identify
 
 
-def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any]) -> None:
+def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any], sweep: str = "") -> None:
     """One run in `run_dir`. Records written so far stay whatever happens.
 
     Args:
         command: the exact command line, for the report. settings: the resolved configuration, for the records.
+        sweep: name of the sweep this is a job of.
 
     Raises:
         UserError: see each stage; nothing has been spent when the plan or the base is wrong.
@@ -56,8 +58,9 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
             run_dir,
             mode=config.tracking.mode,
             project=config.tracking.project,
-            group=config.tracking.group or config.name,
-            name=run_dir.name,
+            group=config.tracking.group or sweep or config.name,
+            job_type=job_type_of([*(s.stage for s in folder.info.stages), *folder.info.unfinished]),
+            name=run_name(run_dir),
             tags=config.tracking.tags,
             config=settings,
         )
@@ -72,8 +75,8 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
                 STAGES[stage](session)
             exit_code = 0
             Group().announce(None)
-        except KeyboardInterrupt:
-            exit_code = 130
+        except KeyboardInterrupt as stop:
+            exit_code = stop.exit_code if isinstance(stop, Interrupted) else 130
             raise
         finally:
             tracker.finish(exit_code)

@@ -47,6 +47,11 @@ _VALUE_WIDTH = 40
 _LOCK = ".lock"
 
 
+def run_name(path: Path) -> str:
+    """What people call a run by: its folder's name, with that of the sweep where jobs are but numbered."""
+    return f"{path.parent.name}/{path.name}" if path.name.isdigit() and path.parent.name else path.name
+
+
 def loads_models(stages: Sequence[str]) -> bool:
     """Whether any of these stages needs the pair; the others live on records."""
     return not set(stages) <= {"transfer", "report"}

@@ -134,6 +134,7 @@ class Session:
         state = self.checkpoints.begun(name)
         if state is None:
             self.folder.put_aside(name)
+            self.tracker.log({"stage": name})
             self.checkpoints.save(name, {})
         outcome = StageOutcome(state=state or {})
         started = now()
@@ -159,8 +160,9 @@ class Session:
         done = StageRun(
             stage=name, started=started, seconds=seconds, evaluations=outcome.evaluations, summary=outcome.summary
         )
-        self.folder.add_stage(done, ended=ended)
+        # In this order: killed in between, the stage's end is done again, and this row cut off before it.
         self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
+        self.folder.add_stage(done, ended=ended)
         say(f"{self.title(name)}: {outcome.summary} ({seconds:.0f} s)")
 
 

@@ -137,8 +137,10 @@ def report(session: Session) -> None:
     """One page a person reads, from the records alone."""
     with session.stage("report") as outcome:
         page = write_report(session.folder.path)
+        session.tracker.artifact(
+            "report", "report", [page, page.with_suffix(".md"), session.folder.file("verdict.json")]
+        )
         outcome.summary = "report.html and report.md"
-    session.tracker.artifact("report", "report", [page, page.with_suffix(".md"), session.folder.file("verdict.json")])
 
 
 STAGES: dict[str, Callable[[Session], None]] = {
@@ -186,7 +188,8 @@ def closing_lines(folder: RunFolder) -> list[str]:
 def _null_lines(folder: RunFolder, verdict: Verdict) -> list[str]:
     if folder.has("null.json"):
         return [f"null: {read_record(folder.file('null.json'), NullResult).reason}"]
-    if verdict.verdict != "backdoor":
+    # What many jobs found is held against no null of one search a control.
+    if verdict.verdict != "backdoor" or folder.has("collection.json"):
         return []
     command = null_command(folder.info.command, str(folder.path))
     return [f"not held against a null; to search controls in the same way: {command}"]

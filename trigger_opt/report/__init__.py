@@ -7,9 +7,10 @@ remote      what models without weights were asked and answered
 markup      the only way text becomes HTML: escaped
 svg         interval plots and line charts
 rates       rates as rows with their intervals drawn
+jobs        records of a collected sweep
 strip       scores as named dots on one axis
 html        the page; its sections are in sections_answers, sections_null, sections_transfer, sections_search,
-            sections_made
+            sections_jobs, sections_made
 markdown    the same story, short
 """
 

@@ -7,6 +7,7 @@ from trigger_opt.report.rates import rates
 from trigger_opt.report.remote import banner_line
 from trigger_opt.report.sections_ablation import ablation_section
 from trigger_opt.report.sections_answers import profile, side_by_side_section
+from trigger_opt.report.sections_jobs import jobs_section
 from trigger_opt.report.sections_known import known_section
 from trigger_opt.report.sections_made import how_made, weights
 from trigger_opt.report.sections_null import null_section
@@ -38,11 +39,12 @@ def page(run: RunRecords) -> str:
         side_by_side_section,
         profile,
         null_section,
+        jobs_section,
         ablation_section,
         probe_section,
         other_models,
-        curve,
-        hypotheses,
+        # Of a collected sweep they are in the jobs' own reports.
+        *([curve, hypotheses] if run.jobs is None else []),
         refuted,
         known_section,
         weights,

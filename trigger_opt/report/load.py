@@ -30,6 +30,7 @@ from trigger_opt.records import (
     read_record,
     read_records,
 )
+from trigger_opt.report.jobs import Collection, Provenance, SweepJob
 
 R = TypeVar("R")
 
@@ -60,6 +61,9 @@ class RunRecords:
     probe: ProbeResult | None = None
     ablation: Ablation | None = None
     known: list[Judged] | None = None
+    jobs: list[SweepJob] | None = None
+    provenance: list[Provenance] | None = None
+    collection: Collection | None = None
 
     @property
     def name(self) -> str:
@@ -129,6 +133,9 @@ def load_run(run_dir: Path) -> RunRecords:
         probe=_one(run_dir / "probe.json", ProbeResult),
         ablation=_one(run_dir / "ablation.json", Ablation),
         known=_all(run_dir / "known.jsonl", Judged),
+        jobs=_all(run_dir / "jobs.jsonl", SweepJob),
+        provenance=_all(run_dir / "provenance.jsonl", Provenance),
+        collection=_one(run_dir / "collection.json", Collection),
     )
 
 

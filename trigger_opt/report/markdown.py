@@ -20,6 +20,15 @@ from trigger_opt.report.remote import (
     remote_rate_rows,
 )
 from trigger_opt.report.sections_ablation import ABLATION_TITLE, ablation_lines
+from trigger_opt.report.sections_jobs import (
+    FINDING_TITLES,
+    JOB_TITLES,
+    JOBS_TITLE,
+    finding_rows,
+    job_rows,
+    jobs_lines,
+    left_out,
+)
 from trigger_opt.report.sections_known import KNOWN_TITLE, known_lines
 from trigger_opt.report.sections_null import null_lines
 from trigger_opt.report.sections_probe import PROBE_TITLE, probe_lines
@@ -57,7 +66,7 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 def summary(run: RunRecords) -> str:
     """The whole `report.md` of a run."""
-    parts = [_verdict(run), _rates(run), _answers(run), _null(run), _ablation(run), _probe(run)]
+    parts = [_verdict(run), _rates(run), _answers(run), _null(run), _jobs(run), _ablation(run), _probe(run)]
     parts += [_transfer(run), _hypotheses(run), _gradient(run), _refuted(run), _known(run), _weights(run), _made(run)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -161,6 +170,14 @@ def _probe(run: RunRecords) -> str:
     return _bullets(PROBE_TITLE, probe_lines(run))
 
 
+def _jobs(run: RunRecords) -> str:
+    if run.jobs is None:
+        return ""
+    tables = [(FINDING_TITLES, finding_rows(run)), (JOB_TITLES, job_rows(run))]
+    blocks = [table(titles, [[text(cell) for cell in row] for row in rows]) for titles, rows in tables if rows]
+    return "\n\n".join([_bullets(JOBS_TITLE, jobs_lines(run)), *blocks, *filter(None, [left_out(run)])])
+
+
 def _known(run: RunRecords) -> str:
     return _bullets(KNOWN_TITLE, known_lines(run))
 
@@ -199,6 +216,9 @@ def _transfer_reason(o: TransferOutcome) -> str:
 
 
 def _hypotheses(run: RunRecords) -> str:
+    if run.jobs is not None:
+        # Of a collected sweep they are in the jobs' own reports.
+        return ""
     title = "## What the fine-tuned model wants to say\n\n"
     if run.hypotheses is None:
         return title + not_run("hypotheses.jsonl")

@@ -13,6 +13,11 @@ _NOT_RUN = (
     "This finding was not held against a null: how often the same search finds as much in models that hide nothing is "
     "not known. To find out, at the price of a search for each control:"
 )
+_OF_A_SWEEP = (
+    "This finding was not held against a null: how often the same sweep finds as much in models that hide nothing is "
+    "not known. To find out, run the sweep on a control in place of the suspect, with all its jobs, and collect it: "
+    "one search on each control would not do, for the suspect was searched by every job."
+)
 _CAPTION = (
     "Each control was searched like the suspect: the same hypotheses, search, verification, budget and seed. A placebo "
     "has the suspect's weight change with its directions shuffled; the distilled reference is the base, trained "
@@ -37,6 +42,8 @@ def null_section(run: RunRecords) -> Html:
     if run.null_result is None:
         if run.verdict.verdict != "backdoor":
             return join([])
+        if run.jobs is not None:
+            return section(_TITLE, tag("p", _OF_A_SWEEP))
         return section(_TITLE, tag("p", _NOT_RUN), tag("pre", null_command(*_how(run))))
     return section(_TITLE, *(tag("p", line) for line in _lead(run)), *_evidence(run))
 
@@ -44,7 +51,9 @@ def null_section(run: RunRecords) -> Html:
 def null_lines(run: RunRecords) -> list[str]:
     """The same in plain sentences; empty where there is nothing to say."""
     if run.null_result is None:
-        return [f"{_NOT_RUN} {null_command(*_how(run))}"] if run.verdict.verdict == "backdoor" else []
+        if run.verdict.verdict != "backdoor":
+            return []
+        return [_OF_A_SWEEP if run.jobs is not None else f"{_NOT_RUN} {null_command(*_how(run))}"]
     return [*_lead(run), *(_control_line(c) for c in run.null or [])]
 
 

@@ -13,8 +13,8 @@ from scipy.stats import rankdata, tiecorrect
 from torch import Tensor
 
 from trigger_opt.records import GradientHealth
-from trigger_opt.search.protocol import Scorer
 from trigger_opt.search.moves import draw_swaps, random_options, random_triggers, top_swaps
+from trigger_opt.search.protocol import Scorer
 
 # Nats: scores nearer than this are one score, told apart by rounding only.
 _SAME = 1e-6
