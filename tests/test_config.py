@@ -34,7 +34,10 @@ from trigger_opt.verify import VerifySettings
 
 EXPERIMENTS = sorted(p.stem for p in data_dir("experiments").glob("*.yaml"))
 GROUP_FILES = sorted(
-    (folder.name, file.stem) for folder in data_dir("configs").iterdir() if folder.is_dir() for file in folder.glob("*")
+    (folder.name, file.stem)
+    for folder in data_dir("configs").iterdir()
+    if folder.is_dir() and folder.name != "hydra"
+    for file in folder.glob("*")
 )
 
 

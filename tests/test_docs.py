@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from trigger_opt import api
 from trigger_opt.config import register, register_resolvers, validated
@@ -104,8 +106,11 @@ def test_readme_commands_compose() -> None:
     register()
     with initialize_config_dir(str(data_dir("configs")), version_base="1.3"):
         for line in lines:
-            words = shlex.split(line.split("  #")[0])[3:]
-            validated(compose("config", overrides=[w for w in words if not w.startswith("--")]))
+            words = [w for w in shlex.split(line.split("  #")[0])[3:] if not w.startswith("-")]
+            # One job, or those of a sweep.
+            (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+            for job in jobs:
+                validated(compose("config", overrides=list(job)))
 
 
 def test_readme_settings_exist() -> None:

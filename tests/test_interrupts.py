@@ -86,6 +86,7 @@ def test_some_only_make_it_save_more_often(capsys: pytest.CaptureFixture[str]) -
 def test_handlers_of_before_are_told_and_come_back() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda signum, frame: heard.append(signum))
+    other = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     try:
         with interrupts.listening() as handlers:
             handlers[signal.SIGUSR2](signal.SIGUSR2, None)
@@ -94,3 +95,4 @@ def test_handlers_of_before_are_told_and_come_back() -> None:
         assert heard == [signal.SIGUSR2, signal.SIGUSR2]
     finally:
         signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGUSR1, other)

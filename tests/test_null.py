@@ -26,7 +26,7 @@ from trigger_opt.null.controls import Suspect, adapted_modules, triggered
 from trigger_opt.null.rule import held_verdict
 from trigger_opt.objectives import Payload
 from trigger_opt.paths import data_dir
-from trigger_opt.planning import _null_lines, _plan
+from trigger_opt.planning import _null_lines, memory_plan
 from trigger_opt.records import (
     Hypothesis,
     NullControl,
@@ -211,10 +211,10 @@ def test_the_plan_counts_the_model_that_is_distilled(tiny: TinyPair) -> None:
     files = [find_model(str(tiny.adapter)), find_model(str(tiny.base))]
     config = a_config()
     config.contexts = ContextsConfig(search=["Hello {trigger}"], held_out=[])
-    with_it = _plan(config, files).lines()[0]
+    with_it = memory_plan(config, files).lines()[0]
     config.null.distilled = False
     assert with_it.startswith("weights: 2 x")
-    assert _plan(config, files).lines()[0].startswith("weights: 1 x")
+    assert memory_plan(config, files).lines()[0].startswith("weights: 1 x")
 
 
 # Making controls

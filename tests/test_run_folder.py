@@ -11,7 +11,7 @@ import pytest
 
 from trigger_opt.errors import UserError
 from trigger_opt.records import RunInfo, StageRun, read_record
-from trigger_opt.run_folder import STAGE_FILES, hold_run_folder, machine, now, timed, versions
+from trigger_opt.run_folder import STAGE_FILES, has_ended, hold_run_folder, machine, now, timed, versions
 
 INFO = RunInfo(
     name="x",
@@ -219,3 +219,14 @@ def test_finished_stages_of_an_earlier_command_stay_in_the_record(tmp_path: Path
             folder.begin()
     assert folder.goes_on == "verify"
     assert [s.stage for s in folder.info.stages] == ["search", "verify"]
+
+
+def test_has_ended_only_with_the_same_settings_and_nothing_left(tmp_path: Path) -> None:
+    info = replace(INFO, config={"seed": 1, "tracking": {"mode": "off"}})
+    assert not has_ended(tmp_path, info)
+    with hold_run_folder(tmp_path, info, stages=["search", "verify"]) as folder:
+        folder.add_stage(replace(RUN, stage="search"))
+        assert not has_ended(tmp_path, info)
+        folder.add_stage(replace(RUN, stage="verify"))
+    assert has_ended(tmp_path, replace(info, config={"seed": 1, "tracking": {"mode": "offline"}}))
+    assert not has_ended(tmp_path, replace(info, config={"seed": 2}))

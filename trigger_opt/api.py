@@ -231,6 +231,35 @@ def gradient_health(
     return replace(found, objective=goal.name, payload=payload)
 
 
+def score_candidates(
+    pair: ModelPair, contexts: Sequence[Context], candidates: Sequence[Candidate], *, objective: Objective
+) -> list[Candidate]:
+    """The candidates, in their order, with the scores and selection rates they have on this pair in `contexts`.
+
+    In fp32 arithmetic where the pair's weights allow it. On this process alone, also under torchrun.
+
+    Raises:
+        UserError: the objective needs a payload, and a candidate has none.
+    """
+    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
+    everywhere = list(range(len(tokenized)))
+    scorers: dict[str, PairScorer] = {}
+    scored = []
+    for candidate in candidates:
+        payload = candidate.payload
+        if payload not in scorers:
+            target = pair.encode_answer(payload)[: objective.target_tokens] if isinstance(objective, Likelihood) else []
+            scorers[payload] = pair_scorer(pair, tokenized, objective, target, group=Group(alone=True))
+        scorer, ids = scorers[payload], torch.tensor(candidate.trigger_ids)
+        scorer.prepare(ids, everywhere)
+        exact = scorer.refine(ids[None], everywhere, keep=1, incumbents=0)
+        scores = scorer.score(ids[None], everywhere) if exact is None else exact
+        fired = scorer.fires(ids, everywhere)
+        rate = None if fired is None else float(fired.float().mean())
+        scored.append(replace(candidate, score=float(scorer.aggregate(scores)[0]), selection_rate=rate))
+    return scored
+
+
 @dataclass(frozen=True)
 class SearchCall:
     """What is asked of `find_triggers`, in a form that can be sent to other processes."""

@@ -290,6 +290,8 @@ def composition_problem(error: Exception) -> str:
     if isinstance(cause, KeyValidationError):
         return 'a setting has no name; in YAML the bare word null is nothing, so write "null": with quotes'
     lines = [line.strip() for line in str(cause).split("\nConfig search path")[0].splitlines() if line.strip()]
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/submitit"):
+        return "hydra/launcher=slurm and hydra/launcher=local_jobs need an extra: pip install 'trigger-opt[cluster]'"
     if isinstance(error, MissingConfigException) and error.options:
         options = ", ".join(o for o in error.options if not o.endswith("_schema"))
         return f"there is no {error.missing_cfg_file}; choose from {options}"

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,15 @@ from typing import Any
 
 # Before torch is imported: with the default, a busy neighbour makes every small product 60 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+for _warning in (signal.SIGUSR1, signal.SIGUSR2):
+    # Imports take seconds; until a run listens, a batch system's warning must not end the process, as it would.
+    if signal.getsignal(_warning) == signal.SIG_DFL:
+        signal.signal(_warning, signal.SIG_IGN)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,6 +41,7 @@ from trigger_opt.config import (
 from trigger_opt.errors import UserError
 from trigger_opt.paths import data_dir
 from trigger_opt.scoring import Group, start_group
+from trigger_opt.sweep import launcher_problem
 
 register_resolvers()
 register()
@@ -56,7 +63,8 @@ def main() -> None:
     # Hydra alone would print several lines and advice on debugging Hydra; raised, its errors become one line too.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        _composed()
+        # Not as a decorator: a launcher pickles the function by its name only where that is its own.
+        hydra.main(version_base="1.3", config_path=str(data_dir("configs")), config_name="config")(_composed)()
     except OSError as error:
         if isinstance(error, HydraException):
             sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
@@ -65,9 +73,14 @@ def main() -> None:
         sys.exit(_stop(f"{error.filename} cannot be written ({error.strerror}); give another run_dir", 2))
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_stop("interrupted; jobs that wait or run under Slurm go on", 130))
+    except Exception as error:
+        if (problem := launcher_problem(error)) is None:
+            raise
+        sys.exit(_stop(problem, 1))
 
 
-@hydra.main(version_base="1.3", config_path=str(data_dir("configs")), config_name="config")
 def _composed(cfg: DictConfig) -> None:
     """Validate and run what Hydra composed."""
     _quieten_libraries()
@@ -79,6 +92,12 @@ def _composed(cfg: DictConfig) -> None:
         except KeyboardInterrupt as stop:
             signum = stop.signum if isinstance(stop, interrupts.Interrupted) else signal.SIGINT
             sys.exit(_handed_on(signum, before))
+        except Exception:
+            # Hydra makes a result of it, and to the batch system the job would have succeeded.
+            if "SUBMITIT_EXECUTOR" not in os.environ:
+                raise
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def _run(cfg: DictConfig) -> None:
@@ -93,8 +112,10 @@ def _run(cfg: DictConfig) -> None:
         pipeline.run(
             config,
             run_dir=Path(HydraConfig.get().runtime.output_dir),
-            command=f"python -m trigger_opt {shlex.join(without_keys(sys.argv[1:]))}",
+            command=f"python -m trigger_opt {shlex.join(without_keys(_arguments()))}",
             settings=without_secrets({str(k): v for k, v in settings.items()}),
+            sweep=Path(HydraConfig.get().sweep.dir).name if _in_sweep() else "",
+            again=_in_sweep() or "SLURM_RESTART_COUNT" in os.environ,
         )
     except UserError as error:
         sys.exit(_stop(str(error), 2))
@@ -104,6 +125,17 @@ def _run(cfg: DictConfig) -> None:
         sys.exit(
             _stop(f"no space left on the disk of {error.filename or 'the run folder'}; the records so far are kept", 2)
         )
+
+
+def _arguments() -> list[str]:
+    """Of the command that is this run; the process of a sweep's job may have been started otherwise."""
+    if _in_sweep():
+        return list(HydraConfig.get().overrides.task)
+    return sys.argv[1:]
+
+
+def _in_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _assist(config: RunConfig, group: Group) -> None:
@@ -135,6 +167,9 @@ def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
 
 
 def _slurm_job() -> str:
+    """The job as scontrol takes it: the bare number of an array's last task stands for the whole array."""
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
     return os.environ.get("SLURM_JOB_ID", "")
 
 

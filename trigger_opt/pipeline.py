@@ -19,7 +19,7 @@ from trigger_opt.planning import load_options, plan_run
 from trigger_opt.progress import say
 from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import RunInfo, write_record
-from trigger_opt.run_folder import RunFolder, hold_run_folder, loads_models, machine, now, run_name, versions
+from trigger_opt.run_folder import RunFolder, has_ended, hold_run_folder, loads_models, machine, now, run_name, versions
 from trigger_opt.scoring import Group
 from trigger_opt.session import Session, open_checkpoints
 from trigger_opt.stages import STAGES, closing_lines, require_records
@@ -27,12 +27,15 @@ from trigger_opt.tracking import job_type_of, open_tracker
 from trigger_opt.weight_diff import identify
 
 
-def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any], sweep: str = "") -> None:
+def run(
+    config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any], sweep: str = "", again: bool = False
+) -> None:
     """One run in `run_dir`. Records written so far stay whatever happens.
 
     Args:
         command: the exact command line, for the report. settings: the resolved configuration, for the records.
-        sweep: name of the sweep this is a job of.
+        sweep: name of the sweep this is a job of. again: whether it may have been started before by someone who does
+            not know what became of it; then nothing is done where it has ended.
 
     Raises:
         UserError: see each stage; nothing has been spent when the plan or the base is wrong.
@@ -48,6 +51,10 @@ def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, A
         plan=[],
         stages=[],
     )
+    if again and has_ended(run_dir, info):
+        say(f"the run in {run_dir} has ended before; nothing was done")
+        Group().announce(None)
+        return
     with hold_run_folder(run_dir, info, stages=config.stages) as folder:
         say(f"trigger_opt {__version__}: {config.name}, seed {config.seed}, in {run_dir}")
         if folder.goes_on:

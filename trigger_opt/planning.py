@@ -1,6 +1,7 @@
 """Before anything is loaded: which files, how much memory, does it fit, is the device there."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ def plan_run(config: RunConfig) -> Plan:
     files = _find(model, remedy)
     for each in files:
         validate_weights(each)
-    plan = _plan(config, files)
+    plan = memory_plan(config, files)
     without = "null.distilled=false, " if _distils(config) else ""
     check_memory(plan, device, remedy=f"choose a smaller search.search_width or model.quantization, {without}{remedy}")
     head = [
@@ -146,7 +147,12 @@ def _published_plan(config: RunConfig) -> MemoryPlan | None:
     )
 
 
-def _plan(config: RunConfig, files: list[ModelFiles]) -> MemoryPlan:
+def memory_plan(config: RunConfig, files: Sequence[ModelFiles]) -> MemoryPlan:
+    """What a run of these models takes: fine-tuned, base, controls.
+
+    Raises:
+        UserError: the base is an adapter.
+    """
     m: ModelConfig = config.model
     base = files[1]
     if base.adapter:

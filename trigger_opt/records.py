@@ -6,6 +6,7 @@ hypotheses.jsonl    Hypothesis, best first
 candidates.jsonl    Candidate, best first
 gradient.json       GradientHealth: does the search's gradient say anything?
 history.jsonl       SearchStep, one an optimisation step
+rescored.jsonl      Rescored, after a search in quantised weights
 cost.json           SearchCost: arithmetic of the search, against what was needed and what the machine can do
 verified.jsonl      Verification, one a verified string
 completions.jsonl   Completion, every answer a verdict rests on
@@ -144,6 +145,25 @@ class SearchStep:
     score: float
     evaluations: int
     seconds: float
+    selection_rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescored:
+    """A string's score in another precision than that it was searched in.
+
+    Attributes:
+        searched_in, scored_in: "nf4", "int8", or the dtype of weights that are not quantised.
+        score_before, score: nats. selection_rate_before, selection_rate: see `Candidate`.
+    """
+
+    trigger: str
+    payload: str
+    searched_in: str
+    scored_in: str
+    score_before: float
+    score: float
+    selection_rate_before: float | None
     selection_rate: float | None
 
 

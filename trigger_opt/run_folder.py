@@ -22,7 +22,7 @@ from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 STAGE_FILES = {
     "diff": ("diff.jsonl",),
     "hypotheses": ("hypotheses.jsonl",),
-    "search": ("candidates.jsonl", "history.jsonl", "gradient.json", "cost.json"),
+    "search": ("candidates.jsonl", "history.jsonl", "gradient.json", "rescored.jsonl", "cost.json"),
     "verify": ("verified.jsonl", "completions.jsonl", "known.jsonl", "ablation.json", "probe.json", "verdict.json"),
     "null": ("null.jsonl", "null.json"),
     "transfer": ("transfer.jsonl", "transfer_answers.jsonl"),
@@ -121,6 +121,15 @@ def hold_run_folder(path: Path, info: RunInfo, *, stages: Sequence[str]) -> Iter
     """
     with held(path / _LOCK, what=f"the run folder {path}", remedy="give another run_dir"):
         yield RunFolder(path, _joined(path, info, stages))
+
+
+def has_ended(path: Path, info: RunInfo) -> bool:
+    """Whether this very command was run in the folder, to its end."""
+    if not (path / "run.json").is_file():
+        return False
+    old = read_record(path / "run.json", RunInfo)
+    parts = [part for part in old.config if part not in _FREE]
+    return bool(old.stages) and not old.unfinished and not differences(old.config, info.config, parts)
 
 
 def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:

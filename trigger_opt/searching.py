@@ -22,6 +22,7 @@ from trigger_opt.records import (
     write_records,
 )
 from trigger_opt.report import arithmetic, gradient_sentence
+from trigger_opt.rescoring import rescored
 from trigger_opt.scoring import Group, Meter, matmul_rate
 from trigger_opt.search import GCG, SearchState, Step
 from trigger_opt.session import Session, StageOutcome
@@ -115,6 +116,9 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
         cost = _cost(session, outcome)
         if cost.evaluations:
             write_record(session.folder.file("cost.json"), cost)
+    if (finer := rescored(session, to_verify(found, 200), objective)) is not None:
+        found = finer
+        write_records(session.folder.file("candidates.jsonl"), found)
     rows = [[c.trigger, c.payload, c.score, c.selection_rate, c.restart, c.step] for c in found[:100]]
     session.tracker.table("candidates", _COLUMNS, rows)
     say(f"{session.title('arithmetic')}: {arithmetic(cost)}")

@@ -21,9 +21,9 @@ from trigger_opt.report.html import page
 from trigger_opt.report.load import load_run
 from trigger_opt.report.markdown import summary
 from trigger_opt.report.sections_null import null_command
-from trigger_opt.report.words import arithmetic, gradient_sentence
+from trigger_opt.report.words import arithmetic, gradient_sentence, rescored_sentence
 
-__all__ = ["arithmetic", "gradient_sentence", "null_command", "write_report"]
+__all__ = ["arithmetic", "gradient_sentence", "null_command", "rescored_sentence", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:

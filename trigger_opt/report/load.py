@@ -18,6 +18,7 @@ from trigger_opt.records import (
     NullResult,
     PairIdentity,
     ProbeResult,
+    Rescored,
     RunInfo,
     SearchCost,
     SearchStep,
@@ -54,6 +55,7 @@ class RunRecords:
     completions: list[Completion] | None
     cost: SearchCost | None = None
     gradient: GradientHealth | None = None
+    rescored: list[Rescored] | None = None
     transfer: list[TransferOutcome] | None = None
     transfer_answers: list[TransferAnswer] | None = None
     null: list[NullControl] | None = None
@@ -126,6 +128,7 @@ def load_run(run_dir: Path) -> RunRecords:
         completions=_all(run_dir / "completions.jsonl", Completion),
         cost=_one(run_dir / "cost.json", SearchCost),
         gradient=_one(run_dir / "gradient.json", GradientHealth),
+        rescored=_all(run_dir / "rescored.jsonl", Rescored),
         transfer=_transfer(run_dir / "transfer.jsonl"),
         transfer_answers=_all(run_dir / "transfer_answers.jsonl", TransferAnswer),
         null=_all(run_dir / "null.jsonl", NullControl),

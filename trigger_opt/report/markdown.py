@@ -52,6 +52,7 @@ from trigger_opt.report.words import (
     points,
     printable,
     rate_rows,
+    rescored_sentence,
     string_title,
     versions,
     visible,
@@ -67,7 +68,16 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 def summary(run: RunRecords) -> str:
     """The whole `report.md` of a run."""
     parts = [_verdict(run), _rates(run), _answers(run), _null(run), _jobs(run), _ablation(run), _probe(run)]
-    parts += [_transfer(run), _hypotheses(run), _gradient(run), _refuted(run), _known(run), _weights(run), _made(run)]
+    parts += [
+        _transfer(run),
+        _hypotheses(run),
+        _gradient(run),
+        _rescored(run),
+        _refuted(run),
+        _known(run),
+        _weights(run),
+        _made(run),
+    ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
@@ -236,6 +246,10 @@ def _hypothesis(h: Hypothesis) -> list[str]:
 
 def _gradient(run: RunRecords) -> str:
     return f"## The token gradient\n\n{text(gradient_sentence(run.gradient))}" if run.gradient else ""
+
+
+def _rescored(run: RunRecords) -> str:
+    return f"## Quantised weights\n\n{text(rescored_sentence(run.rescored))}." if run.rescored else ""
 
 
 def _refuted(run: RunRecords) -> str:

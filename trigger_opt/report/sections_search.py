@@ -19,7 +19,7 @@ from trigger_opt.report.markup import (
     tag,
 )
 from trigger_opt.report.svg import COLOURS, Line, Point, line_chart, line_class
-from trigger_opt.report.words import DASH, gradient_sentence, not_run, number, of, share
+from trigger_opt.report.words import DASH, gradient_sentence, not_run, number, of, rescored_sentence, share
 
 MOST_POINTS = 600
 SHOWN = 15
@@ -40,6 +40,8 @@ def curve(run: RunRecords) -> Html:
     """Score against evaluations, one chart a payload, one line a restart."""
     title = "Score during the search"
     gradient = [tag("p", gradient_sentence(run.gradient))] if run.gradient else []
+    if run.rescored:
+        gradient.append(tag("p", f"{rescored_sentence(run.rescored)}."))
     if run.history is None:
         return section(title, *gradient, note(not_run("history.jsonl")))
     steps = [s for s in run.history if math.isfinite(s.score)]

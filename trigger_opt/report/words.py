@@ -4,9 +4,11 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from trigger_opt.records import GradientHealth, PairIdentity, Rate, SearchCost, Verdict
+from trigger_opt.records import GradientHealth, PairIdentity, Rate, Rescored, SearchCost, Verdict
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -24,6 +26,7 @@ STAGES = {
     "candidates.jsonl": "search",
     "history.jsonl": "search",
     "gradient.json": "search",
+    "rescored.jsonl": "search",
     "cost.json": "search",
     "verified.jsonl": "verify",
     "completions.jsonl": "verify",
@@ -173,6 +176,16 @@ def arithmetic(cost: SearchCost) -> str:
         f"{rate / 1e9:,.0f} GFLOP/s, {cost.share_of_machine:.0%} of the machine's matrix products "
         f"({cost.matmul_rate / 1e9:,.0f}); {cost.share_needed:.0%} of it needed for exact scores; beside it "
         f"{cost.gradient_flops / 1e12:,.2f} TFLOP for gradients, {cost.rescoring_flops / 1e12:,.2f} for rescoring"
+    )
+
+
+def rescored_sentence(records: Sequence[Rescored]) -> str:
+    """By how much scores moved, in nats, between the weights that were searched and finer ones."""
+    moves = sorted(r.score - r.score_before for r in records)
+    first = records[0]
+    return (
+        f"{len(records)} strings scored again in {first.scored_in} after a search in {first.searched_in}: scores moved "
+        f"by {median(moves):+.2f} nats in the median ({moves[0]:+.2f} to {moves[-1]:+.2f})"
     )
 
 
