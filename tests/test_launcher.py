@@ -30,7 +30,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     """What would have been run: folder, configuration and command of each."""
     made: Ran = []
 
-    def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any]) -> None:
+    def run(config: RunConfig, *, run_dir: Path, command: str, settings: dict[str, Any], **_: Any) -> None:
         made.append((run_dir, config, command))
         (run_dir / "run.json").touch()
 

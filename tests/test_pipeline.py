@@ -36,7 +36,7 @@ from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
 # Of a string that fires, of strings that an earlier run refuted, of a search that follows gradients.
-NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json"}
+NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json", "rescored.jsonl"}
 WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage] if name not in NOT_ALWAYS]
 
 
