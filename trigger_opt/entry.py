@@ -1,7 +1,6 @@
 """A run from the command line: Hydra in, typed configuration out, one line for a user's mistake."""
 
 import errno
-import logging
 import os
 import re
 import shlex
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from trigger_opt.config import (
     without_secrets,
 )
 from trigger_opt.errors import UserError
+from trigger_opt.models.quiet import quieten_libraries
 from trigger_opt.paths import data_dir
 from trigger_opt.scoring import Group, start_group
 from trigger_opt.sweep import launcher_problem
@@ -83,7 +82,7 @@ def main() -> None:
 
 def _composed(cfg: DictConfig) -> None:
     """Validate and run what Hydra composed."""
-    _quieten_libraries()
+    quieten_libraries()
     # A batch system that preempts a job sends SIGTERM first: a job that then ends by itself has ended for good (Slurm
     # 22.05), one that goes on is killed and put back into the queue.
     with interrupts.listening(only_hurry=[signal.SIGTERM] if _slurm_job() else []) as before:
@@ -171,15 +170,6 @@ def _slurm_job() -> str:
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
     return os.environ.get("SLURM_JOB_ID", "")
-
-
-def _quieten_libraries() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("transformers", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _stop(message: str, code: int) -> int:

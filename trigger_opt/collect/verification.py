@@ -1,13 +1,12 @@
 """The best strings of a collected sweep, judged once, by one judge; imports torch."""
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
 from trigger_opt import interrupts, pipeline
 from trigger_opt.collect.overrides import as_config
 from trigger_opt.config import validated, without_secrets
+from trigger_opt.models.quiet import quieten_libraries
 
 
 def verify_and_report(folder: Path, settings: dict[str, Any], *, command: str) -> None:
@@ -16,17 +15,8 @@ def verify_and_report(folder: Path, settings: dict[str, Any], *, command: str) -
     Raises:
         UserError: the models are not there or do not fit, or the jobs' settings are refused by this version.
     """
-    _quieten_libraries()
+    quieten_libraries()
     config = validated(as_config(settings))
     # Also where a batch system ends it, records and trackers are closed.
     with interrupts.listening():
         pipeline.run(config, run_dir=folder, command=command, settings=without_secrets(settings))
-
-
-def _quieten_libraries() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("transformers", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,8 +1,5 @@
 """A contrast scan from its options to its files: read, ask, judge, write."""
 
-import logging
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,18 +94,13 @@ def _undecided(sets: Sets, wanted: Wanted) -> str:
 
 def _asked(wanted: Wanted, prompts: Sequence[Prompt]) -> list[Sample]:
     """Answers of the models on this machine."""
-    # Before torch is imported: with the default, a busy neighbour makes every small product 60 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for library in ("transformers", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Here, for brought answers need no torch.
-    from transformers.utils import logging as transformers_logging
+    from trigger_opt.models.quiet import quieten_libraries
 
+    quieten_libraries()
     from trigger_opt.contrast.ask import Asking, ask
     from trigger_opt.contrast.source import Source, load
 
-    transformers_logging.disable_progress_bar()
     assert wanted.model is not None
     source = Source(
         model=wanted.model,

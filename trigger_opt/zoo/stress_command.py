@@ -1,12 +1,11 @@
 """`python -m trigger_opt.zoo stress`: its arguments, and what it prints and writes."""
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 from trigger_opt.errors import UserError
+from trigger_opt.models.quiet import quieten_libraries
 from trigger_opt.records import write_record, write_text
 from trigger_opt.zoo.cases import Case, organism_case, pair_case
 from trigger_opt.zoo.retention import Outcome, markdown, table
@@ -24,7 +23,7 @@ def run(given: argparse.Namespace, out: Path) -> None:
         after=tuple(given.after.split(",")), steps=given.steps, learning_rate=given.learning_rate, seed=given.seed
     )
     _check(given)
-    _quieten_libraries()
+    quieten_libraries()
     case = _case(given, with_rows="pirate" in settings.after)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -66,12 +65,3 @@ def _case(given: argparse.Namespace, *, with_rows: bool) -> Case:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _quieten_libraries() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("transformers", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
