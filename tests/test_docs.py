@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from benchmarks import scale
 from trigger_opt import api
 from trigger_opt.config import register, register_resolvers, validated
 from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
@@ -21,7 +22,7 @@ from trigger_opt.verify import VerifySettings
 from trigger_opt.zoo.recipes import BASE_NAME, GOLDEN_RATIO, RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ["README.md", "CHANGELOG.md", "experiments/LOG.md"]
+DOCS = ["README.md", "CHANGELOG.md", "experiments/LOG.md", "docs/scale.md"]
 # Made by setting up or by running; a fresh checkout has none of them.
 MADE = re.compile(r"^(\.venv|runs|wandb|multirun|~)(/|$)")
 
@@ -158,3 +159,16 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(api, "find_hypotheses", found)
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
+
+
+def test_scale_page_holds_what_the_program_computes() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert scale.rate_table() in page
+    assert scale.memory_table() in page
+    assert f"takes {scale.flops(scale.QWEN_7B) / 1e9:,.0f} GFLOP an evaluation" in page
+
+
+def test_operations_of_an_evaluation_by_hand() -> None:
+    shape = scale.Shape("x", num_parameters=1000, num_layers=1, d_model=4, d_ff=8, vocab=10, num_kv_heads=1, head_dim=4)
+    assert shape.body == 920
+    assert scale.flops(shape, length=3, after=2, scored=1) == 2 * (2 * 920 * (2 + 2) + 2 * 10 * 4)

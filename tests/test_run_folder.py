@@ -11,7 +11,7 @@ import pytest
 
 from trigger_opt.errors import UserError
 from trigger_opt.records import RunInfo, StageRun, read_record
-from trigger_opt.run_folder import STAGE_FILES, has_ended, hold_run_folder, machine, now, timed, versions
+from trigger_opt.run_folder import STAGE_FILES, code_versions, has_ended, hold_run_folder, machine, now, timed, versions
 
 INFO = RunInfo(
     name="x",
@@ -230,3 +230,20 @@ def test_has_ended_only_with_the_same_settings_and_nothing_left(tmp_path: Path) 
         folder.add_stage(replace(RUN, stage="verify"))
     assert has_ended(tmp_path, replace(info, config={"seed": 1, "tracking": {"mode": "offline"}}))
     assert not has_ended(tmp_path, replace(info, config={"seed": 2}))
+
+
+def test_code_is_told_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "trigger_opt"
+    (package / "sub").mkdir(parents=True)
+    (package / "a.py").write_text("x = 1")
+    monkeypatch.setattr("trigger_opt.run_folder.__file__", str(package / "run_folder.py"))
+    first = code_versions()
+    assert first["torch"] == versions()["torch"]
+    assert "commit" not in first
+    (package / "page.md").write_text("words")
+    assert code_versions() == first
+    (package / "sub" / "b.py").write_text("x = 1")
+    second = code_versions()
+    assert second != first
+    (package / "sub" / "b.py").rename(package / "b.py")
+    assert code_versions()["code"] not in (first["code"], second["code"])

@@ -1,6 +1,7 @@
 """The command line under `torchrun` itself; in two processes that were forked: tests/test_group.py."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.run_processes import ROOT, until
+from trigger_opt.records import RunInfo, read_record
 
 SETTINGS = [
     "model=pair", "model.dtype=float32", "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
@@ -56,3 +59,34 @@ def test_a_users_mistake_ends_all_processes(tmp_path: Path) -> None:
     assert made.returncode != 0
     assert made.stderr.count("error: ") >= 1
     assert "nowhere" in made.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_go_on_together_after_an_interruption(models: list[str], tmp_path: Path, signum: int) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    settings = [*SETTINGS, *models, "search.num_steps=12", "checkpoint.every_steps=1"]
+    one = run(["-m", "trigger_opt", *settings, f"run_dir={alone}"], tmp_path)
+    assert one.returncode == 0, one.stderr[-2000:]
+    command = [sys.executable, *torchrun(2), *settings, f"run_dir={shared}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    history = shared / "history.jsonl"
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True) as first,
+    ):
+        until(lambda: history.is_file() and history.read_text().count("\n") >= 3, seconds=200)
+        if signum == signal.SIGKILL:
+            # The process that holds the folder; the agent then ends the others.
+            holder = (shared / ".lock").read_text().removeprefix("process ").split()[0]
+            os.kill(int(holder), signal.SIGKILL)
+        else:
+            # The agent hands it on to all of them; the first alone decides what it means.
+            first.terminate()
+        assert first.wait(120) != 0
+    assert read_record(shared / "run.json", RunInfo).unfinished == ["search"]
+    two = run([*torchrun(2), *settings, f"run_dir={shared}"], tmp_path)
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert "search: goes on after step" in two.stdout
+    for name in RECORDS:
+        assert (shared / name).read_bytes() == (alone / name).read_bytes(), name

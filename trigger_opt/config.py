@@ -97,12 +97,13 @@ class CandidatesConfig:
     """The ledger of what was tried on each pair.
 
     Attributes:
-        keep: write down what becomes of every string, and verify none again that it holds as refuted under the same
-            contexts and rule.
+        keep: write down what becomes of every string. Jobs of a sweep write nothing: `collect` does for all of them.
+        skip: verify none again that it holds as refuted under the same contexts and rule.
         ledger: SQLite file; by default the user's own, for all runs.
     """
 
     keep: bool = True
+    skip: bool = True
     ledger: str | None = None
 
 

@@ -62,6 +62,8 @@ class Earlier:
         if self._ledger is None or not candidates:
             return list(candidates)
         self._ledger.add_candidates(self._pair, self._run, candidates)
+        if not self._session.config.candidates.skip:
+            return list(candidates)
         fresh, before = split_known(
             self._ledger, self._pair, candidates, contexts_hash=self._contexts, thresholds=self._question
         )

@@ -1,5 +1,6 @@
 """One run's folder: who holds it, which records lie in it, and how it came about (run.json)."""
 
+import hashlib
 import json
 import os
 import platform
@@ -225,6 +226,16 @@ def versions() -> dict[str, str]:
     if commit := _commit():
         found["commit"] = commit
     return found
+
+
+def code_versions() -> dict[str, str]:
+    """What a search that goes on must have in common with its beginning: `versions`, and instead of the commit, which
+    also changes when a word in a page does, a digest of this package's code."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return {name: v for name, v in versions().items() if name != "commit"} | {"code": digest.hexdigest()[:12]}
 
 
 def machine() -> str:

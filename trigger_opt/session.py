@@ -16,7 +16,7 @@ from trigger_opt.models.pair import LoadOptions, ModelPair, load_pair
 from trigger_opt.progress import Progress, say, stage_progress
 from trigger_opt.prompts import Context, searchable
 from trigger_opt.records import INTERRUPTED, STOPPED, StageRun
-from trigger_opt.run_folder import GROWING, RunFolder, now, timed, versions
+from trigger_opt.run_folder import GROWING, RunFolder, code_versions, now, timed
 from trigger_opt.scoring import Meter
 from trigger_opt.tokens import allowed_ids
 from trigger_opt.tracking import Tracker
@@ -176,7 +176,7 @@ def open_checkpoints(config: RunConfig, folder: RunFolder) -> Checkpoints:
     made = Checkpoints(
         folder.path,
         grows=GROWING,
-        versions=versions(),
+        versions=code_versions(),
         every_steps=config.checkpoint.every_steps,
         every_seconds=config.checkpoint.every_seconds,
     )

@@ -49,13 +49,13 @@ def make_room(sweep_dir: Path) -> Path:
 def judge_settings(suspect: Suspect, folder: Path, *, candidates: int | None) -> dict[str, Any]:
     """The configuration of the merged run: the first job's, for the stages verify and report.
 
-    The ledger of candidates is left alone: it would leave out what a job has verified, and one judge is to hear all.
+    What the ledger of candidates holds as refuted is judged all the same: one judge is to hear all.
     """
     config = suspect.info.config
     verify = dict(config.get("verify", {}))
     if candidates is not None:
         verify["candidates"] = candidates
-    ledger = {**config.get("candidates", {}), "keep": False}
+    ledger = {**config.get("candidates", {}), "keep": True, "skip": False}
     return {**config, "stages": ["verify", "report"], "run_dir": str(folder), "verify": verify, "candidates": ledger}
 
 

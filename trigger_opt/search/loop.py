@@ -136,9 +136,10 @@ class Searcher:
             last = step + 1 == self._settings.num_steps or self._exhausted(share)
             due = last or (step + 1) % self._settings.check_every == 0
             found = self._check(buffer[:1], number, step) if due else None
-            self._report(number, step, buffer[0], score, found)
+            told = self._told(number, step, buffer[0], score, found)
+            self._on_step(told)
             ended = last or (found is not None and self._fires_enough(found))
-            self._on_state(partial(self._state, number, step, buffer, upcoming, ended=ended))
+            self._on_state(partial(self._state, told, buffer, upcoming, ended=ended))
             if ended:
                 return
 
@@ -167,11 +168,12 @@ class Searcher:
         """Evaluations this search spent."""
         return self._scorer.evaluations - self._first_evaluation
 
-    def _state(self, number: int, step: int, buffer: Tensor, upcoming: list[int], *, ended: bool) -> SearchState:
+    def _state(self, told: Step, buffer: Tensor, upcoming: list[int], *, ended: bool) -> SearchState:
+        # Nothing here may ask other processes: one alone keeps states. So the seconds are those told.
         return SearchState(
-            restart=number, step=step, ended=ended, buffer=buffer.clone(), upcoming=upcoming,
+            restart=told.restart, step=told.step, ended=ended, buffer=buffer.clone(), upcoming=upcoming,
             generator=self._generator.get_state(), rivals_win=self._rivals_win, found=list(self.found),
-            seconds=self.seconds, evaluations=self.evaluations, scorer=self._scorer.state(),
+            seconds=told.seconds, evaluations=told.evaluations, scorer=self._scorer.state(),
         )  # fmt: skip
 
     def _drawn_contexts(self) -> list[int]:
@@ -260,13 +262,11 @@ class Searcher:
     def _fires_enough(self, found: Found) -> bool:
         return found.selection_rate is not None and found.selection_rate >= self._settings.stop_rate
 
-    def _report(self, restart: int, step: int, trigger: Tensor, score: float, found: Found | None) -> None:
-        self._on_step(
-            Step(
-                restart=restart, step=step, trigger_ids=tuple(trigger.tolist()), score=score,
-                evaluations=self.evaluations, seconds=self.seconds,
-                selection_rate=found.selection_rate if found else None,
-            )
+    def _told(self, restart: int, step: int, trigger: Tensor, score: float, found: Found | None) -> Step:
+        return Step(
+            restart=restart, step=step, trigger_ids=tuple(trigger.tolist()), score=score,
+            evaluations=self.evaluations, seconds=self.seconds,
+            selection_rate=found.selection_rate if found else None,
         )  # fmt: skip
 
 

@@ -79,7 +79,8 @@ class Scorer(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """All that decides what later calls answer, in plain values and tensors."""
+        """All that decides what later calls answer, in plain values and tensors; where several processes share a
+        search, asked for on one of them."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
