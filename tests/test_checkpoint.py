@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from trigger_opt.checkpoint import (
-    CHECKPOINT,
     Checkpoint,
     Checkpoints,
     cut_back,
@@ -17,6 +16,7 @@ from trigger_opt.checkpoint import (
     save_checkpoint,
 )
 from trigger_opt.errors import UserError
+from trigger_opt.paths import CHECKPOINT
 
 STATE: dict[str, Any] = {
     "step": 3,
@@ -34,7 +34,7 @@ def checkpoint(**changed: Any) -> Checkpoint:
 
 
 def checkpoints(folder: Path, *, torch_version: str = "1", **every: Any) -> Checkpoints:
-    return Checkpoints(folder, grows=["a.jsonl"], versions={"torch": torch_version}, **every)
+    return Checkpoints(folder, grows=["a.jsonl"], versions={"torch": torch_version}, exact=["search"], **every)
 
 
 def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -64,6 +64,7 @@ def test_crash_while_saving_leaves_the_old_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, checkpoint(stage="verify"))
+    assert os.listdir(tmp_path) == [CHECKPOINT], "room for what was found"
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert found.stage == "search"
@@ -92,7 +93,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError) as caught:
         load_checkpoint(tmp_path)
     assert str(path) in str(caught.value)
-    assert "stages=[" in str(caught.value)
+    assert "remove it, and its stage begins again" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "evil").exists()
 
@@ -123,25 +124,27 @@ def test_goes_on_only_with_the_stage_that_was_interrupted(tmp_path: Path) -> Non
     assert same.begun("search") is None, "said once"
 
     for found in (None, "verify"):
+        same.save("search", {"step": 1})
         (tmp_path / "a.jsonl").write_text("1\n2\n")
         other = checkpoints(tmp_path)
         other.find(found)
         assert other.begun("search") is None
         assert (tmp_path / "a.jsonl").read_text() == "1\n2\n"
+        assert load_checkpoint(tmp_path) is None, "it would be taken for that of a later command"
     same.forget()
-    same.forget()
-    assert load_checkpoint(tmp_path) is None
 
 
 def test_other_version_is_named(tmp_path: Path) -> None:
     checkpoints(tmp_path).save("search", {"step": 1})
-    with pytest.raises(UserError, match=r"stopped in stage 'search' under torch 1 \(now 2\); go on with that"):
+    expected = r"stopped in stage 'search' under torch 1 \(now 2\); go on with that, or remove .+checkpoint.pt"
+    with pytest.raises(UserError, match=expected):
         checkpoints(tmp_path, torch_version="2").find("search")
-    # A stage that begins again needs nothing of the other version.
-    checkpoints(tmp_path).save("verify", {})
-    newer = checkpoints(tmp_path, torch_version="2")
-    newer.find("verify")
-    assert newer.begun("verify") == {}
+    # A stage that begins again needs nothing of the other version, nor one whose state decides no last bits.
+    for stage, state in (("search", {}), ("verify", {"chosen": [1]})):
+        checkpoints(tmp_path).save(stage, state)
+        newer = checkpoints(tmp_path, torch_version="2")
+        newer.find(stage)
+        assert newer.begun(stage) == state
 
 
 def test_due_by_steps_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

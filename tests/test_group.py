@@ -21,7 +21,7 @@ from tests.tiny_pair import CommandLine
 from trigger_opt.objectives import JensenShannon, Objective, Payload
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.scoring import CLOCK, Engine, Group, Request, js_divergence
-from trigger_opt.search import GCG, Seeds, Step
+from trigger_opt.search import GCG, SearchState, Seeds, Step, ignore_state
 
 SIZES = (1, 2, 3)
 SETTINGS = [
@@ -64,6 +64,7 @@ def search(objective: Objective, **options: Any) -> dict[str, Any]:
     precise = PairScorer(Engine(exact.finetuned, exact.base, contexts, max_rows=60), objective, payload)
     scorer = PairScorer(Engine(pair.finetuned, pair.base, contexts, max_rows=60), objective, payload, precise=precise)
     steps: list[Step] = []
+    states: list[SearchState] = []
     settings = {"trigger_length": 4, "search_width": 20, "topk": 16, "contexts_per_step": 2, "num_steps": 4}
     found = GCG(**(settings | {"num_restarts": 2, "check_every": 2} | options))(
         scorer,
@@ -72,6 +73,8 @@ def search(objective: Objective, **options: Any) -> dict[str, Any]:
         seeds=Seeds(strings=((262, 301),)),
         generator=torch.Generator().manual_seed(0),
         on_step=steps.append,
+        # As in a run: the first process alone keeps states, and the others know nothing of it.
+        on_state=ignore_state if torch.distributed.get_rank() else lambda make: states.append(make()),
     )
     return {
         "found": [[f.trigger_ids, f.score.hex(), f.selection_rate, f.restart, f.step, f.evaluations] for f in found],

@@ -78,9 +78,21 @@ def test_some_only_make_it_save_more_often(capsys: pytest.CaptureFixture[str]) -
             interrupts.check()
         send(signal.SIGTERM)
         assert interrupts.asked()
-    assert capsys.readouterr().err == "SIGTERM: saves after every step from now on\n"
+    assert capsys.readouterr().err == "SIGTERM: goes on, and a search saves after every step from now on\n"
     with interrupts.listening():
         assert not interrupts.asked(), "a later run starts anew"
+
+
+def test_one_that_comes_again_later_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with interrupts.listening(only_hurry=[signal.SIGTERM], patience=5.0):
+        send(signal.SIGTERM)
+        now[0] = 4.9
+        send(signal.SIGTERM)
+        now[0] = 5.0
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
 
 
 def test_handlers_of_before_are_told_and_come_back() -> None:

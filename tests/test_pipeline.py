@@ -17,6 +17,7 @@ from tests.wandb_reader import read_run, read_table, sessions
 from trigger_opt import api, judging, searching, session
 from trigger_opt.config import LOCAL_STAGES
 from trigger_opt.objectives import Payload
+from trigger_opt.paths import CHECKPOINT
 from trigger_opt.records import (
     VERDICTS,
     Candidate,
@@ -325,7 +326,11 @@ def test_interrupted_search_keeps_strings_and_goes_on_later(
 
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    done = CommandLine(monkeypatch, cli._capsys)(*settings, "stages=[verify,report]")
+    later = CommandLine(monkeypatch, cli._capsys)
+    # The search could go on: that is not given up unasked.
+    assert "was interrupted and goes on with the same command" in later(*settings, "stages=[verify,report]").error
+    (run / CHECKPOINT).unlink()
+    done = later(*settings, "stages=[verify,report]")
     assert done.code == 0, done.err
     verdict = read_record(run / "verdict.json", Verdict)
     assert verdict.payload == "hello there"

@@ -11,7 +11,17 @@ import pytest
 
 from trigger_opt.errors import UserError
 from trigger_opt.records import RunInfo, StageRun, read_record
-from trigger_opt.run_folder import STAGE_FILES, code_versions, has_ended, hold_run_folder, machine, now, timed, versions
+from trigger_opt.run_folder import (
+    STAGE_FILES,
+    code_versions,
+    differences,
+    has_ended,
+    hold_run_folder,
+    machine,
+    now,
+    timed,
+    versions,
+)
 
 INFO = RunInfo(
     name="x",
@@ -202,6 +212,50 @@ def test_interrupted_run_is_not_gone_on_with_under_other_settings(tmp_path: Path
     assert (tmp_path / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("ended", [["diff", "hypotheses"], []])
+def test_search_that_waits_is_not_given_up_unasked(tmp_path: Path, ended: list[str]) -> None:
+    """Neither for other stages, nor where a kill left no word of any stage."""
+    stages = [*ended, "search"]
+    info = replace(INFO, config={"stages": stages, "seed": 1}, command="the command")
+    with hold_run_folder(tmp_path, info, stages=stages) as folder:
+        folder.begin()
+        for stage in ended:
+            folder.add_stage(replace(RUN, stage=stage))
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_text("hours of search")
+    later = replace(INFO, config={"stages": ["verify"], "seed": 1})
+    with (
+        pytest.raises(
+            UserError, match=r"goes on with the same command: the command; to give up .+ remove .+checkpoint"
+        ),
+        hold_run_folder(tmp_path, later, stages=["verify"]),
+    ):
+        pass
+    other = replace(info, config={"stages": stages, "seed": 2})
+    with pytest.raises(UserError, match="had seed=1; give the same"), hold_run_folder(tmp_path, other, stages=stages):
+        pass
+    with hold_run_folder(tmp_path, info, stages=stages) as folder:
+        assert folder.goes_on == "search"
+    checkpoint.unlink()
+    with hold_run_folder(tmp_path, later, stages=["verify"]) as folder:
+        assert folder.goes_on is None
+
+
+def test_another_card_is_no_other_setting(tmp_path: Path) -> None:
+    broken_off(tmp_path, replace(INFO, config={"model": {"device": "cuda:0"}}), ended=["diff"], broken="search")
+    again = replace(INFO, config={"model": {"device": "cuda:1"}})
+    with hold_run_folder(tmp_path, again, stages=ALL) as folder:
+        assert folder.goes_on == "hypotheses"
+
+
+def test_group_of_settings_against_none_differs() -> None:
+    some, none = {"a": {"b": 1, "c": 2}}, {"a": None}
+    assert differences(some, none, ["a"]) == ["a.b=1", "a.c=2"]
+    assert differences(none, some, ["a"]) == ["a=null"]
+    # Written by a version that did not know it yet.
+    assert differences({"a": {"b": 1}}, some, ["a"]) == differences(some, {"a": {"b": 1}}, ["a"]) == []
+
+
 def test_other_stages_of_an_interrupted_run_are_a_command_of_their_own(tmp_path: Path) -> None:
     broken_off(tmp_path, replace(INFO, config={"stages": list(ALL)}), ended=["diff"], broken="search")
     later = replace(INFO, config={"stages": ["verify"]}, command="d")
@@ -223,13 +277,21 @@ def test_finished_stages_of_an_earlier_command_stay_in_the_record(tmp_path: Path
 
 def test_has_ended_only_with_the_same_settings_and_nothing_left(tmp_path: Path) -> None:
     info = replace(INFO, config={"seed": 1, "tracking": {"mode": "off"}})
-    assert not has_ended(tmp_path, info)
-    with hold_run_folder(tmp_path, info, stages=["search", "verify"]) as folder:
+    stages = ["search", "verify"]
+    assert not has_ended(tmp_path, info, stages=stages)
+    with hold_run_folder(tmp_path, info, stages=stages) as folder:
         folder.add_stage(replace(RUN, stage="search"))
-        assert not has_ended(tmp_path, info)
+        assert not has_ended(tmp_path, info, stages=stages)
         folder.add_stage(replace(RUN, stage="verify"))
-    assert has_ended(tmp_path, replace(info, config={"seed": 1, "tracking": {"mode": "offline"}}))
-    assert not has_ended(tmp_path, replace(info, config={"seed": 2}))
+    assert has_ended(tmp_path, replace(info, config={"seed": 1, "tracking": {"mode": "offline"}}), stages=stages)
+    assert not has_ended(tmp_path, replace(info, config={"seed": 2}), stages=stages)
+    # What was run there later is another command's; one of these that was begun again has not ended.
+    with hold_run_folder(tmp_path, info, stages=["report"]) as folder:
+        folder.begin()
+        assert has_ended(tmp_path, info, stages=stages)
+    with hold_run_folder(tmp_path, info, stages=["verify"]) as folder:
+        folder.begin()
+        assert not has_ended(tmp_path, info, stages=stages)
 
 
 def test_code_is_told_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -241,6 +303,8 @@ def test_code_is_told_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert first["torch"] == versions()["torch"]
     assert "commit" not in first
     (package / "page.md").write_text("words")
+    (package / "report").mkdir()
+    (package / "report" / "a.py").write_text("y = 1")
     assert code_versions() == first
     (package / "sub" / "b.py").write_text("x = 1")
     second = code_versions()

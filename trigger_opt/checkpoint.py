@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from trigger_opt.errors import UserError
+from trigger_opt.paths import CHECKPOINT
 
-CHECKPOINT = "checkpoint.pt"
 _FORMAT = 1
 
 
@@ -38,26 +38,31 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     # Not straight into the file: torch makes a RuntimeError of a full disk.
     values = io.BytesIO()
     torch.save({"format": _FORMAT, **vars(checkpoint)}, values)
-    with part.open("wb") as file:
-        file.write(values.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / CHECKPOINT)
+    try:
+        with part.open("wb") as file:
+            file.write(values.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / CHECKPOINT)
+    except OSError:
+        # On a full disk it would keep the records of what was found from being written.
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint in `folder`; None where there is none.
 
     Raises:
-        UserError: it is damaged, of another format, or on a device that is not here.
+        UserError: it is damaged or of another format.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
-    remedy = "run the stage again from its start (stages=[…]) or give another run_dir"
+    remedy = "remove it, and its stage begins again, or give another run_dir"
     try:
         # Plain values and tensors only: a checkpoint may come from anywhere.
-        values = torch.load(path, weights_only=True)
+        values = torch.load(path, weights_only=True, map_location="cpu")
         if values.pop("format") != _FORMAT:
             raise UserError(f"{path} is a checkpoint of another format; {remedy}")
         return Checkpoint(**values)
@@ -93,7 +98,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        grows: files of the run folder that grow line by line. versions: of what computes.
+        grows: files of the run folder that grow line by line. versions: of what computes. exact: stages that go on
+            with the same versions only.
         every_steps, every_seconds: how often `due`; None is never.
     """
 
@@ -103,12 +109,14 @@ class Checkpoints:
         *,
         grows: Sequence[str],
         versions: Mapping[str, str],
+        exact: Sequence[str] = (),
         every_steps: int | None = None,
         every_seconds: float | None = None,
     ) -> None:
         self._folder = folder
         self._grows = tuple(grows)
         self._versions = dict(versions)
+        self._exact = tuple(exact)
         self._every_steps = every_steps
         self._every_seconds = every_seconds
         self._steps = 0
@@ -117,19 +125,21 @@ class Checkpoints:
 
     def find(self, stage: str | None) -> None:
         """Before anything is written: take up the checkpoint of `stage`, the one that was interrupted, and cut back
-        what was written after it; None where no run is continued, and what another left does not count.
+        what was written after it; None where no run is continued. What is of another stage is removed.
 
         Raises:
             UserError: it cannot be read, other versions wrote it, or it is not of this run.
         """
         found = load_checkpoint(self._folder) if stage else None
         if found is None or found.stage != stage:
+            self.forget()
             return
         # A stage that begins again may do so with any version.
-        if found.state and (changed := _changed(found.versions, self._versions)):
+        exact = found.state and stage in self._exact
+        if exact and (changed := _changed(found.versions, self._versions)):
             raise UserError(
-                f"the run in {self._folder} stopped in stage {stage!r} under {changed}; go on with that, run the stage "
-                f"again from its start (stages=[{stage},…]) or give another run_dir"
+                f"the run in {self._folder} stopped in stage {stage!r} under {changed}; go on with that, or remove "
+                f"{self._folder / CHECKPOINT}, and the stage begins again"
             )
         cut_back(self._folder, found.sizes)
         self._found = found

@@ -49,6 +49,10 @@ register()
 # What a disk answers to a run folder that cannot be there; any other OSError is a defect and shows its traceback.
 _NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
+# Slurm may send SIGTERM twice within a moment; one that comes so many seconds later is of somebody who means it, or to
+# a job that is back in the queue already.
+_SIGTERM_AGAIN = 5.0
+
 _KEY_IN_SIGHT = (
     "transfer.api_key on the command line would end in logs and process lists; put the key into the environment "
     "variable JSINFER_API_KEY or OPENAI_API_KEY (transfer.key_variable names another)"
@@ -73,7 +77,9 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
     except KeyboardInterrupt:
-        sys.exit(_stop("interrupted; jobs that wait or run under Slurm go on", 130))
+        sys.exit(_stop("interrupted; jobs that Slurm has taken go on", 130))
+    except _SaidError:
+        sys.exit(2)
     except Exception as error:
         if (problem := launcher_problem(error)) is None:
             raise
@@ -85,18 +91,29 @@ def _composed(cfg: DictConfig) -> None:
     quieten_libraries()
     # A batch system that preempts a job sends SIGTERM first: a job that then ends by itself has ended for good (Slurm
     # 22.05), one that goes on is killed and put back into the queue.
-    with interrupts.listening(only_hurry=[signal.SIGTERM] if _slurm_job() else []) as before:
+    hurry = [signal.SIGTERM] if _slurm_job() else []
+    with interrupts.listening(only_hurry=hurry, patience=_SIGTERM_AGAIN) as before:
         try:
-            _run(cfg)
-        except KeyboardInterrupt as stop:
-            signum = stop.signum if isinstance(stop, interrupts.Interrupted) else signal.SIGINT
-            sys.exit(_handed_on(signum, before))
+            _run_or_hand_on(cfg, before)
+        except UserError:
+            raise
         except Exception:
             # Hydra makes a result of it, and to the batch system the job would have succeeded.
-            if "SUBMITIT_EXECUTOR" not in os.environ:
+            if not _under_submitit():
                 raise
             traceback.print_exc()
             sys.exit(1)
+
+
+def _run_or_hand_on(cfg: DictConfig, before: Mapping[int, Any]) -> None:
+    try:
+        _run(cfg)
+    except KeyboardInterrupt as stop:
+        signum = stop.signum if isinstance(stop, interrupts.Interrupted) else signal.SIGINT
+        for other in interrupts.SIGNALS:
+            # What comes now says nothing new, and must not keep the job from its queue.
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(_handed_on(signum, before))
 
 
 def _run(cfg: DictConfig) -> None:
@@ -117,13 +134,23 @@ def _run(cfg: DictConfig) -> None:
             again=_in_sweep() or "SLURM_RESTART_COUNT" in os.environ,
         )
     except UserError as error:
-        sys.exit(_stop(str(error), 2))
+        _end(str(error))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(
-            _stop(f"no space left on the disk of {error.filename or 'the run folder'}; the records so far are kept", 2)
-        )
+        _end(f"no space left on the disk of {error.filename or 'the run folder'}; the records so far are kept")
+
+
+def _end(message: str) -> None:
+    """Say what is wrong and end with exit code 2; of several jobs in this process, only the one."""
+    _stop(message, 2)
+    if _in_sweep() and not _under_submitit():
+        raise _SaidError(message)
+    sys.exit(2)
+
+
+class _SaidError(UserError):
+    """It was said when it happened."""
 
 
 def _arguments() -> list[str]:
@@ -131,6 +158,10 @@ def _arguments() -> list[str]:
     if _in_sweep():
         return list(HydraConfig.get().overrides.task)
     return sys.argv[1:]
+
+
+def _under_submitit() -> bool:
+    return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def _in_sweep() -> bool:
@@ -151,7 +182,9 @@ def _assist(config: RunConfig, group: Group) -> None:
 
 def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
     """After a signal, with all saved: the exit code, once whoever may start the run again knows."""
-    go_on = f"to go on, give the same command and run_dir={HydraConfig.get().runtime.output_dir}"
+    place = HydraConfig.get().sweep.dir if _in_sweep() else HydraConfig.get().runtime.output_dir
+    go_on = f"to go on, give the same command and {'hydra.sweep.dir' if _in_sweep() else 'run_dir'}={place}"
+    name = signal.Signals(signum).name
     if signum == signal.SIGINT:
         return _stop(f"interrupted; {go_on}", 130)
     if callable(handler := before[signum]):
@@ -160,9 +193,10 @@ def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
     if signum in (signal.SIGUSR1, signal.SIGUSR2) and (job := _slurm_job()):
         made = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if made.returncode == 0:
-            return _stop(f"{signal.Signals(signum).name}: saved; Slurm will start job {job} again", interrupts.LATER)
-        return _stop(f"saved, but Slurm does not requeue job {job} ({made.stderr.strip()}); {go_on}", interrupts.LATER)
-    return _stop(f"{signal.Signals(signum).name}: saved; {go_on}", interrupts.LATER)
+            print(f"{name}: stopped; Slurm will start job {job} again, and it goes on", file=sys.stderr)
+            return interrupts.LATER
+        return _stop(f"{name}: Slurm does not requeue job {job} ({made.stderr.strip()}); {go_on}", interrupts.LATER)
+    return _stop(f"{name}: interrupted; {go_on}", interrupts.LATER)
 
 
 def _slurm_job() -> str:

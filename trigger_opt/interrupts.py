@@ -4,8 +4,10 @@ SIGINT is Ctrl-C; batch systems send SIGTERM, or the SIGUSR1 or SIGUSR2 they wer
 end of a job.
 """
 
+import math
 import signal
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,25 +38,27 @@ class _Asked:
     """What signals asked for: one set of handlers in a process.
 
     Attributes:
-        waiting: the signal that ends the run at the next `check`. hurry: save after every step. only_hurry: signals
-            that ask for no more.
+        waiting: the signal that ends the run at the next `check`. hurry: when it was first asked to save after every
+            step, by the monotonic clock. only_hurry: signals that ask for no more, for so many seconds (`patience`).
     """
 
     waiting: int | None = None
     deferred: bool = False
-    hurry: bool = False
+    hurry: float | None = None
     only_hurry: Collection[int] = ()
+    patience: float = math.inf
 
 
 @contextmanager
-def listening(*, only_hurry: Collection[int] = ()) -> Iterator[dict[int, Any]]:
+def listening(*, only_hurry: Collection[int] = (), patience: float = math.inf) -> Iterator[dict[int, Any]]:
     """Handle `SIGNALS` until the context ends; yields the handlers of before, by signal.
 
     Args:
         only_hurry: signals on which the run goes on, and saves after every step: whoever sent it will kill it.
+            One that comes again after `patience` seconds ends the run like any other.
     """
     before: dict[int, Any] = {s: signal.signal(s, _handle) for s in SIGNALS}
-    _Asked.waiting, _Asked.hurry, _Asked.only_hurry = None, False, only_hurry
+    _Asked.waiting, _Asked.hurry, _Asked.only_hurry, _Asked.patience = None, None, only_hurry, patience
     try:
         yield before
     finally:
@@ -76,7 +80,7 @@ def deferred() -> Iterator[None]:
 
 def asked() -> bool:
     """Whether a signal asks that this step be saved."""
-    return _Asked.hurry or _Asked.waiting is not None
+    return _Asked.hurry is not None or _Asked.waiting is not None
 
 
 def check() -> None:
@@ -91,10 +95,11 @@ def check() -> None:
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
-    if signum in _Asked.only_hurry:
-        if not _Asked.hurry:
-            _tell(f"{signal.Signals(signum).name}: saves after every step from now on")
-        _Asked.hurry = True
+    now = time.monotonic()
+    if signum in _Asked.only_hurry and (_Asked.hurry is None or now - _Asked.hurry < _Asked.patience):
+        if _Asked.hurry is None:
+            _tell(f"{signal.Signals(signum).name}: goes on, and a search saves after every step from now on")
+            _Asked.hurry = now
         return
     if not _Asked.deferred or (signum == signal.SIGINT and _Asked.waiting == signal.SIGINT):
         raise Interrupted(signum)

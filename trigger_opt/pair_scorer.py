@@ -257,9 +257,12 @@ class PairScorer:
         self._ahead = ahead and (ahead[0], self._engine.gradient_from(ahead[1]))
         self._engine.restore(state["engine"])
         if state["precise"] is None:
+            # It had run out of memory for that.
             self._precise = None
-        elif self._precise is not None:
-            self._precise.restore(state["precise"])
+            return
+        if self._precise is None:
+            raise ValueError("the state is of a scorer that scores finalists in a higher precision; this one has none")
+        self._precise.restore(state["precise"])
 
     def bounds(self, string: Ids, contexts: Sequence[int]) -> list[float]:
         """The most each context can give, by what is known; exact where the score is."""

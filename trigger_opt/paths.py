@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+CHECKPOINT = "checkpoint.pt"
+"""In a run folder: from where an interrupted stage goes on; see `checkpoint`."""
+
 _HERE = Path(__file__).resolve().parent
 
 

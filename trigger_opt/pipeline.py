@@ -44,6 +44,7 @@ def run(
         # What a job verifies would depend on which others ended before it; and a thousand of them, on many machines,
         # would write into one SQLite file.
         config = replace(config, candidates=replace(config.candidates, keep=False))
+        settings = {**settings, "candidates": {**settings.get("candidates", {}), "keep": False}}
     info = RunInfo(
         name=config.name,
         command=command,
@@ -55,7 +56,7 @@ def run(
         plan=[],
         stages=[],
     )
-    if again and has_ended(run_dir, info):
+    if again and has_ended(run_dir, info, stages=config.stages):
         say(f"the run in {run_dir} has ended before; nothing was done")
         Group().announce(None)
         return
@@ -63,8 +64,9 @@ def run(
         say(f"trigger_opt {__version__}: {config.name}, seed {config.seed}, in {run_dir}")
         if folder.goes_on:
             say(f"goes on with the run in {run_dir}, which was interrupted in stage {folder.goes_on!r}")
-        files = _checked_models(config, folder) if loads_models(folder.info.unfinished) else []
+        # First: what is written from here on belongs to this start.
         checkpoints = open_checkpoints(config, folder)
+        files = _checked_models(config, folder) if loads_models(folder.info.unfinished) else []
         tracker = open_tracker(
             run_dir,
             mode=config.tracking.mode,

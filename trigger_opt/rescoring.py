@@ -11,6 +11,7 @@ from trigger_opt.planning import memory_plan
 from trigger_opt.progress import say
 from trigger_opt.records import Candidate, Rescored, write_records
 from trigger_opt.report import rescored_sentence
+from trigger_opt.scoring import out_of_memory
 from trigger_opt.session import Session
 
 # Those that may be verified, and as many again that could take their place.
@@ -34,9 +35,16 @@ def rescored(session: Session, found: Sequence[Candidate], objective: Objective)
         return None
     say(session.title(f"the best strings are scored again in {finer}, after a search in {quantization} …"))
     options = replace(session.options, quantization="none" if finer == session.config.model.dtype else finer)
-    pair = load_pair(session.files[0], session.files[1], options=options)
     best, rest = list(found[:_MOST]), list(found[_MOST:])
-    again = api.score_candidates(pair, session.search_contexts, best, objective=objective)
+    try:
+        pair = load_pair(session.files[0], session.files[1], options=options)
+        again = api.score_candidates(pair, session.search_contexts, best, objective=objective)
+    except RuntimeError as error:
+        # The plan is an estimate, and the strings are there.
+        if not out_of_memory(error):
+            raise
+        say(session.title(f"memory ran out: the strings keep their scores in {quantization}"))
+        return None
     records = [
         Rescored(
             trigger=old.trigger, payload=old.payload, searched_in=quantization, scored_in=finer,
@@ -56,7 +64,8 @@ def _finest_that_fits(session: Session) -> str | None:
     refused = []
     for quantization in _FINER[model.quantization]:
         finer = model.dtype if quantization == "none" else quantization
-        config = replace(session.config, model=replace(model, quantization=quantization))
+        # No other model is held meanwhile, whatever stages follow.
+        config = replace(session.config, model=replace(model, quantization=quantization), stages=["search"])
         needed = memory_plan(config, session.files[:2]).total_bytes
         free = available_bytes(session.options.device_map if session.options.device_map != "auto" else "cuda")
         if needed <= free:

@@ -17,6 +17,7 @@ from typing import Any
 
 from trigger_opt.errors import UserError
 from trigger_opt.locks import held
+from trigger_opt.paths import CHECKPOINT
 from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 
 # What each stage writes. A stage that is run again keeps its old files beside the new ones.
@@ -44,6 +45,8 @@ SEARCH_SETTINGS = ("contexts", *(part for parts in _SETTINGS.values() for part i
 _FREE = ("tracking", "run_dir", "checkpoint")
 GROWING = ("history.jsonl", "metrics.jsonl")
 """Files of a run that grow line by line."""
+# Rooms that a search's numbers do not pass through.
+_NOT_SEARCHING = ("candidates", "collect", "contrast", "report", "tracking", "transfer")
 _VALUE_WIDTH = 40
 _LOCK = ".lock"
 
@@ -124,13 +127,14 @@ def hold_run_folder(path: Path, info: RunInfo, *, stages: Sequence[str]) -> Iter
         yield RunFolder(path, _joined(path, info, stages))
 
 
-def has_ended(path: Path, info: RunInfo) -> bool:
-    """Whether this very command was run in the folder, to its end."""
+def has_ended(path: Path, info: RunInfo, *, stages: Sequence[str]) -> bool:
+    """Whether these stages were run in the folder to their end under the same settings, whatever was run since."""
     if not (path / "run.json").is_file():
         return False
     old = read_record(path / "run.json", RunInfo)
-    parts = [part for part in old.config if part not in _FREE]
-    return bool(old.stages) and not old.unfinished and not differences(old.config, info.config, parts)
+    parts = [part for part in old.config if part not in (*_FREE, "stages")]
+    ended = {s.stage for s in old.stages if not s.broken_off} - set(old.unfinished)
+    return ended >= set(stages) and not differences(old.config, info.config, parts)
 
 
 def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
@@ -143,6 +147,12 @@ def _joined(path: Path, info: RunInfo, stages: Sequence[str]) -> RunInfo:
     same = old.config.get("stages") == info.config.get("stages")
     if old.unfinished and same and old.unfinished == info.unfinished[-len(old.unfinished) :]:
         return _gone_on(path, old, info)
+    if old.unfinished[:1] == ["search"] and (path / CHECKPOINT).is_file():
+        raise UserError(
+            f"the search of the run in {path} was interrupted and goes on with the same command: "
+            f"{old.command.splitlines()[-1]}; to give up what it has done since its last strings were written, remove "
+            f"{path / CHECKPOINT}"
+        )
     if not old.stages:
         # It stopped before it did anything, say at a wrong base: nothing there is worth guarding.
         return info
@@ -176,12 +186,14 @@ def _gone_on(path: Path, old: RunInfo, info: RunInfo) -> RunInfo:
     stage = old.unfinished[0]
     parts = [part for part in old.config if part not in _FREE]
     # What stages that are not run would take is what the folder's records rest on.
-    if changed := differences(old.config, info.config, [p for p in parts if p not in _kept(info.unfinished)]):
-        if not old.stages:
+    changed = differences(old.config, info.config, [p for p in parts if p not in _kept(info.unfinished)])
+    # A job that was put back may get another card.
+    if changed := [c for c in changed if not c.startswith("model.device=")]:
+        if not old.stages and not (path / CHECKPOINT).is_file():
             return info
         raise UserError(
             f"the run in {path} was interrupted in stage {stage!r} and had {', '.join(changed)}; give the same to go "
-            f"on, run the stage again from its start (stages=[{stage},…]) or give another run_dir"
+            "on, or another run_dir to begin anew"
         )
     done = list(old.stages)
     while done and done[-1].stage == stage and done[-1].broken_off:
@@ -202,7 +214,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[
     """Settings under `parts` that are not the same, as `search.num_steps=3` with the old value; a long one by its name
     alone. What one side does not have (it was written by an earlier version) is not compared."""
     before, after = (_flat({part: config.get(part) for part in parts}) for config in (old, new))
-    names = [name for name in before if name in after and before[name] != after[name]]
+    names = [n for n in before if before[n] != after.get(n, before[n])]
+    # A group of settings on one side, and none or something else in its place on the other.
+    names += [n for n in before if n not in after and any(n.startswith(f"{a}.") for a in after)]
+    names += [n for n in before if any(a.startswith(f"{n}.") for a in after)]
     values = {name: json.dumps(before[name], ensure_ascii=False) for name in names}
     return [f"{name}={values[name]}" if len(values[name]) <= _VALUE_WIDTH else f"another {name}" for name in names]
 
@@ -230,10 +245,11 @@ def versions() -> dict[str, str]:
 
 def code_versions() -> dict[str, str]:
     """What a search that goes on must have in common with its beginning: `versions`, and instead of the commit, which
-    also changes when a word in a page does, a digest of this package's code."""
+    also changes when a word in a page does, a digest of this package's code but for `_NOT_SEARCHING`."""
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    searching = [p for p in package.rglob("*.py") if p.relative_to(package).parts[0] not in _NOT_SEARCHING]
+    for path in sorted(searching):
         digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
     return {name: v for name, v in versions().items() if name != "commit"} | {"code": digest.hexdigest()[:12]}
 

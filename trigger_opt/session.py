@@ -1,5 +1,6 @@
 """What every stage shares: configuration, run folder, tracker, contexts, and the models once loaded."""
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,10 @@ class Session:
     def release(self) -> None:
         """Forget the models, so that their memory serves others."""
         self._pair = None
+        gc.collect()
+        if torch.cuda.is_available():
+            # What torch holds for later counts as taken where memory is asked for.
+            torch.cuda.empty_cache()
 
     def title(self, stage: str) -> str:
         """How a line about `stage` begins."""
@@ -134,8 +139,10 @@ class Session:
         state = self.checkpoints.begun(name)
         if state is None:
             self.folder.put_aside(name)
-            self.tracker.log({"stage": name})
+        if not state:
+            # In this order: a later start cuts the row off and writes it again.
             self.checkpoints.save(name, {})
+            self.tracker.log({"stage": name})
         outcome = StageOutcome(state=state or {})
         started = now()
         try:
@@ -160,8 +167,10 @@ class Session:
         done = StageRun(
             stage=name, started=started, seconds=seconds, evaluations=outcome.evaluations, summary=outcome.summary
         )
-        # In this order: killed in between, the stage's end is done again, and this row cut off before it.
-        self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
+        # In this order: killed in between, the stage's end is done again, and this row cut off before it. Only once it
+        # has ended: online, rows of a later start at the same step would be dropped.
+        if ended:
+            self.tracker.log({f"{name}/seconds": seconds, f"{name}/evaluations": done.evaluations})
         self.folder.add_stage(done, ended=ended)
         say(f"{self.title(name)}: {outcome.summary} ({seconds:.0f} s)")
 
@@ -177,6 +186,7 @@ def open_checkpoints(config: RunConfig, folder: RunFolder) -> Checkpoints:
         folder.path,
         grows=GROWING,
         versions=code_versions(),
+        exact=["search"],
         every_steps=config.checkpoint.every_steps,
         every_seconds=config.checkpoint.every_seconds,
     )

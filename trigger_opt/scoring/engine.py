@@ -225,7 +225,7 @@ class Engine:
         restore_meter(self.meter, state["meter"])
         restore_sizes(self._sizes(), state["sizes"])
         self._followed = state["followed"]
-        self._trunks = trunks_from(state["trunks"], self._left)
+        self._trunks = trunks_from(state["trunks"], self._left, self._devices)
 
     def gradient_state(self, made: Gradient) -> dict[str, Any]:
         """A gradient in plain values and tensors."""
@@ -233,7 +233,7 @@ class Engine:
 
     def gradient_from(self, state: Mapping[str, Any]) -> Gradient:
         """The gradient that `gradient_state` was given."""
-        trunks = trunks_from(state["trunks"], self._left)
+        trunks = trunks_from(state["trunks"], self._left, self._devices)
         return Gradient(Slopes(**state["slopes"]), state["trigger"], trunks)
 
     def may_run_beside(self, other: "Engine") -> bool:
@@ -430,6 +430,10 @@ class Engine:
             probe = max(((*c.left, *c.right) for c in self.contexts), key=len)
             self._forwards[id(model)] = Forward(model, probe)
         return self._forwards[id(model)]
+
+    @property
+    def _devices(self) -> dict[Side, torch.device]:
+        return {side: model.device for side, model in self._models.items()}
 
     def _sizes(self) -> dict[Side, PassSize]:
         return {s: pass_size(m if m.one_at_a_time else m.network, m.device) for s, m in self._models.items()}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from trigger_opt.scoring.forward import Trunk, continued
 from trigger_opt.scoring.meter import Meter
 from trigger_opt.scoring.pass_size import PassSize
@@ -29,9 +31,16 @@ def trunks_state(trunks: Mapping[Key, Trunk], left: Left) -> dict[Key, Trunk]:
     return kept
 
 
-def trunks_from(state: Mapping[Key, Trunk], left: Left) -> dict[Key, Trunk]:
-    """The trunks that `trunks_state` was given."""
-    return {key: continued(left(*key), own, slice(None)) for key, own in state.items()}
+def trunks_from(state: Mapping[Key, Trunk], left: Left, devices: Mapping[Any, torch.device]) -> dict[Key, Trunk]:
+    """The trunks that `trunks_state` was given, on the devices of this process; `devices`: each side's, where a context
+    has no beginning whose own to take."""
+    trunks = {}
+    for key, own in state.items():
+        begun = left(*key)
+        places = {n: begun[n][0].device if begun else devices[key[0]] for n in own}
+        moved = {n: (k.to(places[n]), v.to(places[n])) for n, (k, v) in own.items()}
+        trunks[key] = continued(begun, moved, slice(None))
+    return trunks
 
 
 def restore_meter(meter: Meter, state: Mapping[str, Any]) -> None:
