@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests import tiny
 from tests.tiny_pair import CommandLine, Outcome
 from trigger_opt import pipeline
 from trigger_opt.config import RunConfig
+from trigger_opt.errors import UserError
 from trigger_opt.paths import data_dir
 from trigger_opt.records import RunInfo, read_record
 from trigger_opt.sweep import launcher_problem
@@ -82,6 +84,38 @@ def test_every_job_has_its_own_folder_and_command(sweep: CommandLine, ran: Ran) 
 def test_one_bad_job_stops_the_sweep(sweep: CommandLine, ran: Ran, overrides: list[str], words: list[str]) -> None:
     assert_refused(sweep("-m", *PAIR, *overrides), *words)
     assert ran == []
+
+
+def test_a_job_that_cannot_run_ends_no_other(sweep: CommandLine, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pipeline.run
+
+    def run(config: RunConfig, **given: Any) -> None:
+        if config.seed == 1:
+            raise UserError("the base is not there")
+        plain(config, **given)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    done = sweep("-m", *PAIR, "seed=0,1,2", SWEEP)
+    assert done.code == 2
+    assert [c.seed for _, c, _ in ran] == [0, 2]
+    # Hydra then names the job.
+    first, second = done.err.splitlines()
+    assert first == "error: the base is not there"
+    assert "'seed=1'" in second
+
+
+def test_an_interrupted_sweep_says_how_all_of_it_goes_on(
+    sweep: CommandLine, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    done = sweep("-m", *PAIR, "seed=0,1,2", SWEEP)
+    assert done.code == 130
+    assert done.err.splitlines() == [
+        "error: interrupted; to go on, give the same command and hydra.sweep.dir=sweep"
+    ]  # fmt: skip
 
 
 def test_a_folder_takes_the_same_sweep_and_more_but_no_other(sweep: CommandLine, ran: Ran) -> None:
