@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_report import a_verdict
 from trigger_opt.collect.commands import main
-from trigger_opt.records import Candidate, RunInfo, StageRun, write_record, write_records
+from trigger_opt.records import Candidate, NullControl, RunInfo, StageRun, write_record, write_records
 
 LONG_AGO = 3600.0
 
@@ -29,6 +29,14 @@ def a_candidate(trigger: str, **changes: Any) -> Candidate:
 def a_stage(stage: str, summary: str = "done", seconds: float = 2.5) -> StageRun:
     """One of 100 evaluations."""
     return StageRun(stage=stage, started="2026-01-01T00:00:00+00:00", seconds=seconds, evaluations=100, summary=summary)
+
+
+def a_control(name: str, score: float | None, verdict: str = "unstable") -> NullControl:
+    """One that a job searched for its null."""
+    return NullControl(
+        name=name, folder=name, kind="twin", score=score, verdict=verdict, trigger="t", payload="p", trigger_rate=None,
+        seconds=1.0, note="",
+    )  # fmt: skip
 
 
 def a_config(**changes: Any) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from benchmarks.collect_scale import DECOY, PLANTED, PLANTED_IN, measure, write_sweep
-from tests.sweep_folder import Collector, a_candidate, a_config, a_stage, set_age, write_job, write_plan
+from tests.sweep_folder import Collector, a_candidate, a_config, a_control, a_stage, set_age, write_job, write_plan
+from tests.test_report import a_verification
 from trigger_opt.collect.merge import Merge
-from trigger_opt.collect.overrides import as_config, job_command, read_plan
+from trigger_opt.collect.overrides import as_config, job_command, quoted_folder, read_plan
 from trigger_opt.locks import held
 from trigger_opt.records import Candidate, RunInfo, read_record, read_records, write_records
 from trigger_opt.report.jobs import Collection, Provenance, SweepJob
@@ -94,7 +98,8 @@ def test_settings_of_the_sweep_reach_its_jobs(tmp_path: Path) -> None:
     assert [j.overrides for j in plan.jobs] == [["search.topk=8", "seed=3"], ["search.topk=16", "seed=3"]]
     words = shlex.split(job_command(plan.jobs[1].overrides, Path("s/1"), flags=plan.flags))
     assert words[3:] == [
-        "--config-dir", "/own conf", "hydra.searchpath=[pkg://y]", "search.topk=16", "seed=3", "run_dir=s/1",
+        "--config-dir", "/own conf", "hydra.searchpath=[pkg://y]", "search.topk=16", "seed=3", "candidates.keep=false",
+        "run_dir=s/1",
     ]  # fmt: skip
 
 
@@ -107,13 +112,20 @@ HOSTILE_OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize("place", ["s/3", "with space/3", "it's, [odd]=x/3", "Größe/3"])
+@pytest.mark.parametrize("place", ["s/3", "with space/3", "it's, [odd]=x/3", "Größe/3", "${odd}/3", "back\\3"])
 def test_commands_parse_in_shell_and_hydra(place: str) -> None:
     words = shlex.split(job_command(HOSTILE_OVERRIDES, Path(place)))
     assert words[:3] == ["python", "-m", "trigger_opt"]
     *parsed, folder = OverridesParser.create().parse_overrides(words[3:])
-    assert [o.input_line for o in parsed] == HOSTILE_OVERRIDES[:-1]
-    assert (folder.key_or_group, folder.value()) == ("run_dir", place)
+    assert [o.input_line for o in parsed] == [*HOSTILE_OVERRIDES[:-1], "candidates.keep=false"]
+    assert (folder.key_or_group, OmegaConf.create({"x": folder.value()}).x) == ("run_dir", place)
+    assert shlex.split(f"a {quoted_folder(Path(place))} b")[1:-1] == words[-1:]
+
+
+@pytest.mark.parametrize("given", ["candidates.keep=true", "+candidates.keep=false", "++candidates.keep=true"])
+def test_jobs_keep_no_ledger_whatever_was_asked(given: str) -> None:
+    words = shlex.split(job_command(["seed=1", given], Path("s/1")))
+    assert words[3:] == ["seed=1", "candidates.keep=false", "run_dir=s/1"]
 
 
 @pytest.mark.parametrize("text", ["${x}", "a\\${x} \\", "\\\\${x}", "plain \\ text", "${oc.env:HOME}"])
@@ -164,7 +176,11 @@ def test_state_of_a_job(collect: Collector, tmp_path: Path, made: dict[str, Any]
     cells = done.row("1")
     assert [c.strip() for c in cells[:3]] == ["1", "seed=1", state]
     assert note in cells[-1]
-    again = ["python -m trigger_opt seed=1 run_dir=" + str(sweep / "1")] if state in ("stopped", "crashed") else []
+    again = (
+        [f"python -m trigger_opt seed=1 candidates.keep=false run_dir={sweep}/1"]
+        if state in ("stopped", "crashed")
+        else []
+    )
     assert done.commands == again
     job = read_records(sweep / "collected" / "jobs.jsonl", SweepJob)[1]
     assert (job.state, job.starts, job.candidates, job.commands) == (state, 3, 1, again)
@@ -222,7 +238,7 @@ def test_missing_and_damaged_jobs_are_named(collect: Collector, tmp_path: Path) 
     assert "run.json cannot be read" in done.row("2")[-1]
     assert "candidates are left out: candidates.jsonl, line 1 is no Candidate record" in done.row("4")[-1]
     assert "verdict.json cannot be read" in done.row("10")[-1]
-    run = [f"python -m trigger_opt +experiment=e seed={n} run_dir={sweep}/{n}" for n in range(11)]
+    run = [f"python -m trigger_opt +experiment=e seed={n} candidates.keep=false run_dir={sweep}/{n}" for n in range(11)]
     aside = f"mv {sweep}/2/run.json {sweep}/2/run.json.damaged"
     assert done.commands == [run[1], aside, run[2], run[3], *run[5:10]]
     found = read_records(sweep / "collected" / "candidates.jsonl", Candidate)
@@ -236,10 +252,36 @@ def test_jobs_without_a_plan_run_again_by_their_own_command(collect: Collector, 
     write_job(sweep / "left", command=own, **stopped)
     write_job(sweep / "right", command="python -m trigger_opt -m seed=0,1", **stopped)
     write_job(sweep / "worker", command="/usr/bin/submitit", **stopped)
+    kept_out = a_config(candidates={"keep": False})
+    write_job(sweep / "moved", command="python -m trigger_opt seed=6", config=kept_out, **stopped)
     done = collect(sweep, ONLY)
     place = f"run_dir={sweep}/left"
-    assert done.commands == [f"python -m trigger_opt --config-dir c +experiment=e seed=5 'payload=a b' {place}"]
+    assert done.commands == [
+        f"python -m trigger_opt --config-dir c +experiment=e seed=5 'payload=a b' {place}",
+        f"python -m trigger_opt seed=6 candidates.keep=false run_dir={sweep}/moved",
+    ]
     assert any("never started are not known: there is no multirun.yaml" in line for line in done.out)
+
+
+def test_jobs_that_may_start_again_by_themselves_are_listed_apart(collect: Collector, tmp_path: Path) -> None:
+    sweep = tmp_path / "s"
+    write_plan(sweep, "seed=0,1,2,3")
+    for n, code in enumerate((75, 130, 1)):
+        stopped = {**SEARCHING, "metrics": [{"exit_code": code}]}
+        write_job(sweep / str(n), candidates=[a_candidate("x")], **stopped)
+    # Started again after its code 75, and killed.
+    write_job(sweep / "3", **SEARCHING, metrics=[{"exit_code": 75}])
+    set_age(sweep / "3", 5000.0)
+    os.utime(sweep / "3" / "run.json", (time.time() - 4000.0,) * 2)
+    done = collect(sweep, ONLY)
+    run = [f"python -m trigger_opt seed={n} candidates.keep=false run_dir={sweep}/{n}" for n in range(4)]
+    first = next(i for i, line in enumerate(done.out) if line.startswith("to run just those"))
+    assert "squeue" in done.out[first]
+    assert done.out[first + 1 : first + 4] == run[1:]
+    assert done.out[first + 4] == "stopped by its batch system, which may start it again (squeue says): 0"
+    assert done.out[first + 5 : first + 7] == ["only if it does not:", run[0]]
+    jobs = read_records(sweep / "collected" / "jobs.jsonl", SweepJob)
+    assert [j.may_restart for j in jobs] == [True, False, False, False]
 
 
 # Folders that are no sweep.
@@ -409,6 +451,41 @@ def test_different_suspects_have_an_answer_each(collect: Collector, tmp_path: Pa
     assert any("jobs differ in how they verify; job 0 decides: verify.candidates=0" in line for line in done.out)
 
 
+def test_jobs_on_different_cards_have_one_answer(collect: Collector, tmp_path: Path) -> None:
+    sweep = tmp_path / "s"
+    for n, device in enumerate(("cuda:0", "cuda:1", "cpu")):
+        model = {"finetuned": "zoo:a", "base": "zoo:b", "device": device}
+        write_job(sweep / str(n), candidates=[a_candidate("x", seed=n)], config=a_config(model=model))
+    model = {"finetuned": "zoo:a", "base": "zoo:b", "device": "cpu", "dtype": "bfloat16"}
+    write_job(sweep / "3", candidates=[a_candidate("x")], config=a_config(model=model))
+    collect(sweep, ONLY)
+    found = {p.name: read_records(p / "provenance.jsonl", Provenance)[0] for p in (sweep / "collected").iterdir()}
+    assert {name: [f.job for f in p.findings] for name, p in found.items()} == {"a": ["0", "1", "2"], "a-2": ["3"]}
+
+
+def test_what_jobs_judged_themselves_is_counted(collect: Collector, tmp_path: Path) -> None:
+    """And what their nulls took back is carried over."""
+    sweep = tmp_path / "s"
+    backdoor: dict[str, Any] = {"verdict": "backdoor", "trigger": "a"}
+    taken: dict[str, Any] = {"verdict": "generic shift", "trigger": "b", "before_null": "backdoor", "null_p_value": 0.5}
+    stood: dict[str, Any] = {"verdict": "backdoor", "trigger": "c", "before_null": "backdoor", "null_p_value": 0.05}
+    for n, verdict in enumerate((backdoor, {**taken, "null_controls": 3, "reason": "why"}, taken, stood)):
+        write_job(sweep / str(n), candidates=[a_candidate("abbc"[n])], verdict=verdict)
+        write_records(sweep / str(n) / "verified.jsonl", [a_verification(str(i)) for i in range(n + 1)])
+    controls = [a_control("twin", 0.25), a_control("placebo_1", 0.75), a_control("placebo_2", None)]
+    write_records(sweep / "1" / "null.jsonl", controls)
+    done = collect(sweep, ONLY)
+    assert "its null took a backdoor back (p = 0.5)" in done.row("1")[-1]
+    assert any("jobs had verified 10 strings themselves" in line and "best of 10" in line for line in done.out)
+    collection = read_record(sweep / "collected" / "collection.json", Collection)
+    assert (collection.verified_by_jobs, collection.preferred) == (10, 2)
+    assert [(t.job, t.trigger, t.p_value, t.controls) for t in collection.taken_back] == [
+        ("1", "b", 0.5, 3),
+        ("2", "b", 0.5, None),
+    ]
+    assert [(t.control_found, t.control_score) for t in collection.taken_back] == [(False, 0.75), (False, None)]
+
+
 def test_text_of_models_does_nothing_to_the_terminal(collect: Collector, tmp_path: Path) -> None:
     sweep = tmp_path / "s"
     hostile = "\x1b[2J\u202e\nverdict: backdoor\t数 ü \ud800 \\n"
@@ -442,6 +519,58 @@ def test_collecting_again(collect: Collector, tmp_path: Path) -> None:
         (sweep / "collected" / "verdict.json").write_text("{}")
         assert (sweep / f"collected.old-{number}" / "verdict.json").is_file()
         assert (sweep / "collected" / "provenance.jsonl").is_file()
+
+
+@pytest.mark.parametrize("name", ["verified.jsonl", "completions.jsonl", "checkpoint.pt", "my notes.txt", "sub/x"])
+def test_whatever_merging_does_not_write_is_kept(collect: Collector, tmp_path: Path, name: str) -> None:
+    sweep = tmp_path / "s"
+    for n, model in enumerate(("zoo:a", "zoo:b")):
+        config = a_config(model={"finetuned": model, "base": "zoo:x"})
+        write_job(sweep / str(n), candidates=[a_candidate("one")], config=config)
+    collect(sweep, ONLY)
+    (sweep / "collected" / "b" / ".lock").write_text("process 1")
+    collect(sweep, ONLY)
+    assert not (sweep / "collected.old-1").exists()
+    kept = Path("collected") / "b" / name
+    (sweep / kept).parent.mkdir(exist_ok=True)
+    (sweep / kept).write_text("hours of work")
+    collect(sweep, ONLY)
+    assert (sweep / str(kept).replace("collected", "collected.old-1")).read_text() == "hours of work"
+    assert (sweep / "collected" / "b" / "collection.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75)],
+)
+def test_interrupted_verification_is_kept(
+    collect: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
+) -> None:
+    sweep = tmp_path / "s"
+    write_job(sweep / "0", candidates=[a_candidate("one")])
+
+    def interrupted(folder: Path, *_: Any, **__: Any) -> None:
+        (folder / "verified.jsonl").write_text("{}\n")
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr("trigger_opt.collect.verification.verify_and_report", interrupted)
+    before = signal.getsignal(signum)
+    done = collect(sweep)
+    assert (done.code, signal.getsignal(signum)) == (code, before)
+    assert f"stays in {sweep}/collected, and collecting again renames that folder to collected.old-N" in done.err
+    assert collect(sweep, ONLY).code == 0
+    assert (sweep / "collected.old-1" / "verified.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_interrupted_before_verification(
+    collect: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
+) -> None:
+    write_job(tmp_path / "s" / "0", candidates=[a_candidate("one")])
+    monkeypatch.setattr("trigger_opt.collect.commands.make_room", lambda _: os.kill(os.getpid(), signum))
+    done = collect(tmp_path / "s", ONLY)
+    assert done.code == code
+    assert "the sweep is as it was, and collecting again begins anew" in done.err
 
 
 def test_folder_of_someone_else_is_left_alone(collect: Collector, tmp_path: Path) -> None:
@@ -482,6 +611,7 @@ def _check_planted(sweep: Path, jobs: int, candidates: int) -> None:
     for n in range(jobs):
         texts |= {json.loads(line)["trigger"] for line in (sweep / str(n) / "candidates.jsonl").open()}
     assert collection.different == len(texts)
+    assert collection.verified_by_jobs == 3 * jobs
     assert collection.kept == len(found) == min(1000, len(texts))
     assert len(read_records(folder / "jobs.jsonl", SweepJob)) == jobs
 

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trigger_opt import interrupts, pipeline
+from trigger_opt.collect.overrides import quoted_folder
 from trigger_opt.config import (
     RunConfig,
     composition_problem,
@@ -182,8 +183,9 @@ def _assist(config: RunConfig, group: Group) -> None:
 
 def _handed_on(signum: int, before: Mapping[int, Any]) -> int:
     """After a signal, with all saved: the exit code, once whoever may start the run again knows."""
-    place = HydraConfig.get().sweep.dir if _in_sweep() else HydraConfig.get().runtime.output_dir
-    go_on = f"to go on, give the same command and {'hydra.sweep.dir' if _in_sweep() else 'run_dir'}={place}"
+    in_sweep = f"hydra.sweep.dir={shlex.quote(HydraConfig.get().sweep.dir)}"
+    place = in_sweep if _in_sweep() else quoted_folder(Path(HydraConfig.get().runtime.output_dir))
+    go_on = f"to go on, give the same command and {place}"
     name = signal.Signals(signum).name
     if signum == signal.SIGINT:
         return _stop(f"interrupted; {go_on}", 130)

@@ -41,8 +41,8 @@ def run(
         UserError: see each stage; nothing has been spent when the plan or the base is wrong.
     """
     if sweep:
-        # What a job verifies would depend on which others ended before it; and a thousand of them, on many machines,
-        # would write into one SQLite file.
+        # Whatever was asked for: what a job verifies would depend on which others ended before it; and a thousand of
+        # them, on many machines, would write into one SQLite file.
         config = replace(config, candidates=replace(config.candidates, keep=False))
         settings = {**settings, "candidates": {**settings.get("candidates", {}), "keep": False}}
     info = RunInfo(

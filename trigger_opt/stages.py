@@ -7,7 +7,7 @@ from trigger_opt import api
 from trigger_opt.earlier import Earlier, open_ledger
 from trigger_opt.errors import UserError
 from trigger_opt.judging import Judge, longer_answer, look_closer, to_verify, verdict_of
-from trigger_opt.null import hold_against_null
+from trigger_opt.null import held_against_jobs, hold_against_null
 from trigger_opt.prompts import Context
 from trigger_opt.records import (
     Candidate,
@@ -96,6 +96,7 @@ def verify(session: Session) -> None:
         write_records(session.folder.file("verified.jsonl"), [*ordered, *([shorter] if shorter else [])])
         outcome.evaluations = len(judge.completions)
         verdict = verdict_of(session, best, shorter, candidates, completion, outcome)
+        verdict = held_against_jobs(session, verdict, verified)
         write_record(session.folder.file("verdict.json"), verdict)
         if best:
             look_closer(session, pair, best)

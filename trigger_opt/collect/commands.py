@@ -7,7 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from trigger_opt.collect.folder import KEPT, judge_settings, make_room, write_collection
+from trigger_opt import interrupts
+from trigger_opt.collect.folder import COLLECTED, KEPT, judge_settings, kept, make_room, write_collection
 from trigger_opt.collect.overrides import SweepPlan, read_plan
 from trigger_opt.collect.suspects import Suspect, gather
 from trigger_opt.collect.words import again_lines, string_lines, table_lines
@@ -19,14 +20,17 @@ _LOCK = ".collect.lock"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 whatever became of the jobs, 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Exit code: 0 whatever became of the jobs, 2 for a mistake of the user, 130 after Ctrl-C, 75 after a signal that
+    batch systems send."""
     given = _parser().parse_args(arguments)
     try:
-        _collect(given, command=f"trigger-opt collect {shlex.join(arguments)}")
+        # Also where a batch system ends it, records and trackers are closed.
+        with interrupts.listening():
+            _collect(given, command=f"trigger-opt collect {shlex.join(arguments)}")
     except UserError as error:
         return _stop(str(error), 2)
-    except KeyboardInterrupt:
-        return _stop("interrupted; the sweep is as it was, and collecting again begins anew", 130)
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop, given.sweep_dir)
     except BrokenPipeError:
         # `… | head`: whoever read has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,6 +100,16 @@ def _one_answer(suspect: Suspect, folder: Path, given: argparse.Namespace, *, pl
     from trigger_opt.collect.verification import verify_and_report
 
     verify_and_report(folder, settings, command=command)
+
+
+def _interrupted(stop: KeyboardInterrupt, sweep_dir: Path) -> int:
+    code = stop.exit_code if isinstance(stop, interrupts.Interrupted) else 130
+    what = "interrupted" if code == 130 else f"stopped by {stop}"
+    root = kept(sweep_dir)
+    if root is None:
+        return _stop(f"{what}; the sweep is as it was, and collecting again begins anew", code)
+    again = f"collecting again renames that folder to {COLLECTED}.old-N and begins anew"
+    return _stop(f"{what}; what was verified until now stays in {root}, and {again}", code)
 
 
 def _stop(message: str, code: int) -> int:

@@ -16,13 +16,15 @@ from trigger_opt.report.jobs import Collection
 from trigger_opt.run_folder import machine, now, versions
 
 COLLECTED = "collected"
+# What is made again by merging again, and the empty file that guards it.
+_MERGED = ("candidates.jsonl", "provenance.jsonl", "jobs.jsonl", COLLECTION_FILE, "run.json", ".lock")
 KEPT = 1000
 """Strings that are kept of all; a report with all of them could not be opened, and the jobs' folders have them."""
 
 
 def make_room(sweep_dir: Path) -> Path:
-    """The folder to collect into, free of what an earlier collection left: one that was verified is renamed to
-    collected.old-N, one that merely merged is deleted.
+    """The folder to collect into, free of what an earlier collection left: one that merely merged is deleted, one
+    that holds anything else is renamed to collected.old-N.
 
     Raises:
         UserError: something else lies there, or a run in it is under way.
@@ -30,13 +32,13 @@ def make_room(sweep_dir: Path) -> Path:
     root = sweep_dir / COLLECTED
     if not root.exists():
         return root
-    parts = [p for p in (root, *root.glob("*")) if (p / COLLECTION_FILE).is_file()]
+    parts = _parts(root)
     if not parts:
         raise UserError(f"{root} is there and was not made by trigger-opt collect; move it out of the way")
     for part in parts:
         if by := holder(part / ".lock"):
             raise UserError(f"{part} is in use by {by}; wait for it")
-    if any((part / "verdict.json").is_file() for part in parts):
+    if _more_than_merged(root):
         number = 1
         while (aside := sweep_dir / f"{COLLECTED}.old-{number}").exists():
             number += 1
@@ -44,6 +46,22 @@ def make_room(sweep_dir: Path) -> Path:
     else:
         shutil.rmtree(root)
     return root
+
+
+def kept(sweep_dir: Path) -> Path | None:
+    """The folder of an earlier collection that `make_room` would rename; None where there is none."""
+    root = sweep_dir / COLLECTED
+    return root if root.is_dir() and _more_than_merged(root) else None
+
+
+def _parts(root: Path) -> list[Path]:
+    return [p for p in (root, *root.glob("*")) if (p / COLLECTION_FILE).is_file()]
+
+
+def _more_than_merged(root: Path) -> bool:
+    parts = _parts(root)
+    files = [p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()]
+    return any(file.parent not in parts or file.name not in _MERGED for file in files)
 
 
 def judge_settings(suspect: Suspect, folder: Path, *, candidates: int | None) -> dict[str, Any]:
@@ -80,6 +98,8 @@ def write_collection(
         preferred=min(merge.preferred, len(best)),
         differs=suspect.differs,
         settings_of=suspect.first,
+        verified_by_jobs=suspect.verified,
+        taken_back=suspect.taken_back,
     )
     write_record(folder / COLLECTION_FILE, collection)
     # What the jobs spent, for the string was found with it.

@@ -5,15 +5,17 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trigger_opt.collect.judged import Judged, own_judgement, short
 from trigger_opt.collect.overrides import MULTIRUN_FILE, PlannedJob, SweepPlan, job_command, overrides_of
 from trigger_opt.errors import UserError
+from trigger_opt.interrupts import LATER
 from trigger_opt.locks import holder
 from trigger_opt.records import STOPPED as STAGE_STOPPED
-from trigger_opt.records import RunInfo, Verdict, read_record
+from trigger_opt.records import RunInfo, read_record
 from trigger_opt.report.jobs import CRASHED, DAMAGED, FINISHED, NEVER_STARTED, RECENT, RUNNING, STOPPED, SweepJob
 
 COLLECTION_FILE = "collection.json"
@@ -24,7 +26,7 @@ _WRITTEN_WHILE_RUNNING = ("run.json", "metrics.jsonl", "history.jsonl", "checkpo
 # What a stage says of itself that a signal ended, in this version and in earlier ones.
 _SIGNALS = ("SystemExit", "KeyboardInterrupt")
 # "Try again", Ctrl-C; from 128 on the number of a signal.
-_STOPPED_CODES = (75, 130)
+_STOPPED_CODES = (LATER, 130)
 _TAIL_BYTES = 8192
 
 
@@ -33,13 +35,13 @@ class Looked:
     """A job as found.
 
     Attributes:
-        info: None where it has no readable run.json. backdoor: the string its own verdict calls one; empty without.
+        info: None where it has no readable run.json. judged: by itself.
     """
 
     job: SweepJob
     folder: Path
     info: RunInfo | None = None
-    backdoor: str = ""
+    judged: Judged = field(default_factory=Judged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def job_folders(sweep_dir: Path, plan: SweepPlan) -> list[PlannedJob]:
 def look(sweep_dir: Path, planned: PlannedJob, plan: SweepPlan) -> Looked:
     """One job as it stands now; candidates are counted later."""
     folder = sweep_dir / planned.name
-    overrides, flags = planned.overrides, plan.flags
+    overrides, flags, keep = planned.overrides, plan.flags, False
     if not (folder / "run.json").is_file():
         commands = [job_command(overrides, folder, flags=flags)]
         return Looked(job=_job(planned, NEVER_STARTED, note=_before(folder), commands=commands), folder=folder)
@@ -90,27 +92,28 @@ def look(sweep_dir: Path, planned: PlannedJob, plan: SweepPlan) -> Looked:
         traces = _traces(folder)
     except (UserError, OSError) as error:
         commands = _after_damage(folder, planned, plan)
-        note = f"left out: run.json cannot be read ({_short(error)})"
+        note = f"left out: run.json cannot be read ({short(error)})"
         return Looked(job=_job(planned, DAMAGED, note=note, commands=commands), folder=folder)
     state, note = _state(info, traces)
     if not planned.overrides:
         # A run of its own: its command line holds its flags too.
-        overrides, flags = overrides_of(info.command) or [], []
+        overrides, flags, keep = overrides_of(info.command) or [], [], _keeps(info)
     if state in (STOPPED, RUNNING, RECENT):
         note = "; ".join(part for part in (note, _progress(folder, info)) if part)
     again = state in (STOPPED, CRASHED) and overrides
     searches = [s.seconds for s in info.stages if s.stage == "search"]
-    verdict, backdoor, problem = _verdict(folder)
+    judged = own_judgement(folder, planned.name)
     job = _job(
         planned,
         state,
-        note="; ".join(part for part in (note, problem) if part),
-        commands=[job_command(overrides, folder, flags=flags)] if again else [],
-        verdict=verdict,
+        note="; ".join(part for part in (note, judged.note) if part),
+        commands=[job_command(overrides, folder, flags=flags, keep=keep)] if again else [],
+        verdict=judged.verdict,
         search_seconds=sum(searches) if searches else None,
         starts=info.starts,
+        may_restart=state == STOPPED and traces.exit_code == LATER and traces.after_start,
     )
-    return Looked(job=job, folder=folder, info=info, backdoor=backdoor)
+    return Looked(job=job, folder=folder, info=info, judged=judged)
 
 
 def _no_jobs(sweep_dir: Path, below: Sequence[Path]) -> str:
@@ -129,6 +132,7 @@ def _job(
     verdict: str = "",
     search_seconds: float | None = None,
     starts: int = 0,
+    may_restart: bool = False,
 ) -> SweepJob:
     return SweepJob(
         name=planned.name,
@@ -142,6 +146,7 @@ def _job(
         search_seconds=search_seconds,
         starts=starts,
         commands=list(commands),
+        may_restart=may_restart,
     )
 
 
@@ -208,16 +213,9 @@ def _last_line(path: Path) -> dict[str, Any]:
     return last if isinstance(last, dict) else {}
 
 
-def _verdict(folder: Path) -> tuple[str, str, str]:
-    """A job's own verdict and the string it calls a backdoor; or neither, and why they cannot be read."""
-    path = folder / "verdict.json"
-    if not path.is_file():
-        return "", "", ""
-    try:
-        verdict = read_record(path, Verdict)
-    except (UserError, OSError) as error:
-        return "", "", f"verdict.json cannot be read ({_short(error)})"
-    return verdict.verdict, verdict.trigger if verdict.verdict == "backdoor" else "", ""
+def _keeps(info: RunInfo) -> bool:
+    settings = info.config.get("candidates")
+    return not isinstance(settings, dict) or settings.get("keep") is not False
 
 
 def _after_damage(folder: Path, planned: PlannedJob, plan: SweepPlan) -> list[str]:
@@ -226,10 +224,3 @@ def _after_damage(folder: Path, planned: PlannedJob, plan: SweepPlan) -> list[st
         return []
     aside = shlex.join(["mv", str(folder / "run.json"), str(folder / "run.json.damaged")])
     return [aside, job_command(planned.overrides, folder, flags=plan.flags)]
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    # Its path is in the table's first column, and the remedy is another one here.
-    return str(error).partition(" is not a ")[2].partition("; run its stage")[0] or str(error)

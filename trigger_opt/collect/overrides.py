@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 MULTIRUN_FILE = "multirun.yaml"
 _PROGRAM = ["python", "-m", "trigger_opt"]
 _NUMBERED = "${hydra.job.num}"
+_KEEP = "candidates.keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,24 @@ def read_plan(sweep_dir: Path) -> SweepPlan:
     return SweepPlan(jobs=jobs, flags=flags, command=command, problem=problem)
 
 
-def job_command(overrides: Sequence[str], run_dir: Path, *, flags: Sequence[str] = ()) -> str:
-    """The command line that runs one job in `run_dir`, to be pasted into a shell."""
-    place = f"run_dir={QuotedString(str(run_dir), Quote.single).with_quotes()}"
-    if all(c.isascii() and (c.isalnum() or c in "/._-") for c in str(run_dir)):
-        place = f"run_dir={run_dir}"
-    return shlex.join([*_PROGRAM, *flags, *_without_folder(overrides), place])
+def job_command(overrides: Sequence[str], run_dir: Path, *, flags: Sequence[str] = (), keep: bool = False) -> str:
+    """The command line that runs one job in `run_dir`, to be pasted into a shell.
+
+    Args:
+        keep: whether the run writes into the ledger of candidates. No job of a sweep does, but only the sweep tells it,
+            whatever its overrides say.
+    """
+    without = [] if keep else [f"{_KEEP}=false"]
+    given = [o for o in overrides if _key(o) not in ("run_dir", "hydra.run.dir", *([] if keep else [_KEEP]))]
+    words = [*_PROGRAM, *flags, *given, *without]
+    return f"{shlex.join(words)} {quoted_folder(run_dir)}"
+
+
+def quoted_folder(path: Path) -> str:
+    """The override `run_dir=PATH` as one word of a shell, whatever characters Hydra or the shell take for theirs."""
+    if all(c.isascii() and (c.isalnum() or c in "/._-") for c in str(path)):
+        return f"run_dir={path}"
+    return shlex.quote(f"run_dir={QuotedString(_literal(str(path)), Quote.single).with_quotes()}")
 
 
 def overrides_of(command: str) -> list[str] | None:
@@ -143,8 +156,8 @@ def _shuffled(override: Override) -> bool:
     return isinstance(value, ChoiceSweep | RangeSweep) and value.shuffle
 
 
-def _without_folder(overrides: Sequence[str]) -> list[str]:
-    return [o for o in overrides if o.lstrip("+~").split("=")[0] not in ("run_dir", "hydra.run.dir")]
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0]
 
 
 def _literal(value: Any) -> Any:

@@ -12,7 +12,7 @@ from trigger_opt.collect.merge import Merge
 from trigger_opt.collect.overrides import SweepPlan
 from trigger_opt.errors import UserError
 from trigger_opt.records import RunInfo
-from trigger_opt.report.jobs import SweepJob
+from trigger_opt.report.jobs import SweepJob, TakenBack
 from trigger_opt.run_folder import differences
 
 # What decides whether strings of two jobs compete for one answer, and what the judge of them all takes from the first.
@@ -29,6 +29,7 @@ class Suspect:
         jobs: in the order of the sweep; a job without records may be any suspect's, and is listed with all.
         differs: settings of verification in which later jobs differ, as the first has them.
         evaluations, seconds: of all stages of all its jobs.
+        verified: strings its jobs verified themselves. taken_back: backdoors that their own nulls took back.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Suspect:
     differs: list[str] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
+    verified: int = 0
+    taken_back: list[TakenBack] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _suspect(looked: Looked, known: dict[str, Suspect]) -> Suspect | None:
     info = looked.info
     if info is None:
         return None
-    key = _text({part: info.config.get(part) for part in _SAME})
+    key = _text({part: _where_it_matters(info.config.get(part)) for part in _SAME})
     if key not in known:
         # The whole record of one job; of a thousand they would take more memory than their candidates.
         known[key] = Suspect(_folder_name(info.config, [s.name for s in known.values()]), info, looked.job.name)
@@ -83,13 +86,21 @@ def _suspect(looked: Looked, known: dict[str, Suspect]) -> Suspect | None:
     suspect.differs += [d for d in new if d not in suspect.differs]
     suspect.evaluations += sum(s.evaluations for s in info.stages)
     suspect.seconds += sum(s.seconds for s in info.stages)
+    suspect.verified += looked.judged.strings
+    if (taken := looked.judged.taken_back) is not None:
+        suspect.taken_back.append(taken)
     return suspect
+
+
+def _where_it_matters(settings: Any) -> Any:
+    # The same pair, whatever card of a cluster its weights lay on.
+    return {k: v for k, v in settings.items() if k != "device"} if isinstance(settings, dict) else settings
 
 
 def _merged(looked: Looked, suspect: Suspect) -> SweepJob:
     job, path = looked.job, looked.folder / "candidates.jsonl"
-    if looked.backdoor:
-        suspect.merge.prefer(looked.backdoor)
+    if looked.judged.backdoor:
+        suspect.merge.prefer(looked.judged.backdoor)
     if not path.is_file():
         return job
     assert looked.info is not None

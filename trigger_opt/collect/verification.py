@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trigger_opt import interrupts, pipeline
+from trigger_opt import pipeline
 from trigger_opt.collect.overrides import as_config
 from trigger_opt.config import validated, without_secrets
 from trigger_opt.models.quiet import quieten_libraries
@@ -17,6 +17,4 @@ def verify_and_report(folder: Path, settings: dict[str, Any], *, command: str) -
     """
     quieten_libraries()
     config = validated(as_config(settings))
-    # Also where a batch system ends it, records and trackers are closed.
-    with interrupts.listening():
-        pipeline.run(config, run_dir=folder, command=command, settings=without_secrets(settings))
+    pipeline.run(config, run_dir=folder, command=command, settings=without_secrets(settings))

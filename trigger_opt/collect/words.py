@@ -30,10 +30,16 @@ def again_lines(jobs: Sequence[SweepJob], problem: str) -> list[str]:
     Args:
         problem: why jobs that never started are not known; empty where they are.
     """
-    commands = [command for job in jobs for command in job.commands]
+    commands = [command for job in jobs if not job.may_restart for command in job.commands]
+    handed_on = [command for job in jobs if job.may_restart for command in job.commands]
     lines = []
     if commands:
-        lines += ["to run just those that stopped, crashed or never started, into the same folders:", *commands]
+        what = "to run just those that stopped, crashed or never started, into the same folders"
+        lines += [f"{what} (none that a batch system still holds: squeue):", *commands]
+    if handed_on:
+        names = ", ".join(printable(job.name) for job in jobs if job.may_restart)
+        lines.append(f"stopped by its batch system, which may start it again (squeue says): {names}")
+        lines += ["only if it does not:", *handed_on]
     if any(job.state == RECENT for job in jobs):
         lines.append(
             "a job that is running or just stopped: locks may not reach the node it runs on, and it wrote in the last "
@@ -54,9 +60,18 @@ def string_lines(suspect: Suspect, best: Sequence[Merged]) -> list[str]:
         lines[0] += f"; payload {_quoted(payloads.pop())}"
         payloads.clear()
     lines += [_string_line(m, with_payload=bool(payloads)) for m in shown]
+    if suspect.verified:
+        lines.append(_verified_line(suspect))
     if suspect.differs:
         lines.append(f"jobs differ in how they verify; job {suspect.first} decides: {', '.join(suspect.differs)}")
     return lines
+
+
+def _verified_line(suspect: Suspect) -> str:
+    own = f"jobs had verified {counted(suspect.verified, 'string')} themselves, in the same held-out contexts"
+    if not suspect.merge.preferred:
+        return own
+    return f"{own}; those they call a backdoor go first, so their rates are those of the best of {suspect.verified:,}"
 
 
 def _string_line(m: Merged, *, with_payload: bool) -> str:

@@ -5,7 +5,7 @@ provenance.jsonl    Provenance, one a string of candidates.jsonl, in the same or
 collection.json     Collection
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FINISHED = "finished"
 RUNNING = "running"
@@ -34,6 +34,8 @@ class SweepJob:
         starts: how often it was started; 0 for never.
         commands: command lines that run it again, into the same folder, to be typed in this order; empty where it is
             finished, or may be running.
+        may_restart: it saved after a signal and ended with exit code 75, which asks to be started again: whoever
+            started it may do so without being told.
     """
 
     name: str
@@ -47,6 +49,7 @@ class SweepJob:
     search_seconds: float | None
     starts: int
     commands: list[str]
+    may_restart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,26 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TakenBack:
+    """A backdoor that a job found and its own stage null took back.
+
+    Attributes:
+        job: its name. trigger: the string. reason: the null's.
+        p_value, controls: as in Verdict.
+        control_found: whether a control's own run ended in a backdoor. control_score: the highest of its controls (see
+            `verify.rule.detection_score`); None where its null.jsonl cannot be read.
+    """
+
+    job: str
+    trigger: str
+    reason: str
+    p_value: float | None
+    controls: int | None
+    control_found: bool
+    control_score: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collection:
     """What was merged.
 
@@ -80,6 +103,9 @@ class Collection:
             candidates.jsonl, the best.
         preferred: of those kept, how many stand first because the verdict of a job calls them a backdoor.
         differs: settings of verification in which jobs differ; those of `settings_of`, a job, are used.
+        verified_by_jobs: strings that the jobs had verified themselves, each as often as it was. The held-out contexts
+            are the same.
+        taken_back: what the nulls of jobs say.
     """
 
     sweep: str
@@ -89,3 +115,5 @@ class Collection:
     preferred: int
     differs: list[str]
     settings_of: str
+    verified_by_jobs: int = 0
+    taken_back: list[TakenBack] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from trigger_opt.report.jobs import FINISHED, STATES, Finding, SweepJob
+from trigger_opt.report.jobs import FINISHED, STATES, Collection, Finding, SweepJob
 from trigger_opt.report.load import RunRecords
 from trigger_opt.report.markup import Child, Column, Html, fold, join, note, section, table, tag
 from trigger_opt.report.words import DASH, clip, counted, duration, layer_ranges, noun, number, share
@@ -47,8 +47,14 @@ def jobs_section(run: RunRecords) -> Html:
     lines = [tag("p", line) for line in jobs_lines(run)]
     findings = finding_rows(run)
     found = [table(_FINDING_COLUMNS, [list[Child](row) for row in findings], class_="short")] if findings else []
-    commands = [command for job in run.jobs for command in job.commands]
-    again = [fold("Commands that run just what is missing", tag("pre", _few(commands)))] if commands else []
+    folds = [
+        ("Commands that run just what is missing", [c for j in run.jobs if not j.may_restart for c in j.commands]),
+        (
+            "Only if the batch system does not start them again",
+            [c for j in run.jobs if j.may_restart for c in j.commands],
+        ),
+    ]
+    again = [fold(title, tag("pre", _few(commands))) for title, commands in folds if commands]
     rows = [list[Child](row) for row in job_rows(run)]
     return section(JOBS_TITLE, *lines, *found, note(_CAPTION), table(_JOB_COLUMNS, rows), *_more(run), *again)
 
@@ -59,13 +65,18 @@ def jobs_lines(run: RunRecords) -> list[str]:
     counts = Counter(job.state for job in jobs)
     told = ", ".join(f"{counts[s]:,} {s}" for s in STATES if counts[s])
     lines = [f"{counted(len(jobs), 'job')}: {told}."]
-    lines += [f"{s.capitalize()}: {_names(jobs, s)}." for s in STATES if s != FINISHED and counts[s]]
+    lines += [
+        f"{s.capitalize()}: {_names([j for j in jobs if j.state == s])}." for s in STATES if s != FINISHED and counts[s]
+    ]
+    if handed_on := [job for job in jobs if job.may_restart]:
+        lines.append(f"Stopped by its batch system, which may start it again (squeue says): {_names(handed_on)}.")
     if collection is not None:
         lines[0] = f"Sweep {clip(collection.sweep, _CELL_LIMIT)}. {lines[0]}"
         lines.append(_competition(run))
         if collection.differs:
             differs = clip(", ".join(collection.differs), 4 * _CELL_LIMIT)
             lines.append(f"The jobs differ in how they verify; here job {collection.settings_of} decided: {differs}.")
+        lines += _taken_back(run)
     return [*lines, *_finders(run)]
 
 
@@ -120,8 +131,8 @@ def _few(commands: list[str]) -> str:
     return "\n".join(commands[:_COMMANDS_SHOWN]) + more
 
 
-def _names(jobs: list[SweepJob], state: str) -> str:
-    names = [job.name for job in jobs if job.state == state]
+def _names(jobs: list[SweepJob]) -> str:
+    names = [job.name for job in jobs]
     numbers = layer_ranges([int(n) for n in names if n.isdecimal()]) if any(n.isdecimal() for n in names) else ""
     return clip(", ".join([*([numbers] if numbers else []), *(n for n in names if not n.isdecimal())]), 300)
 
@@ -130,15 +141,44 @@ def _competition(run: RunRecords) -> str:
     collection = run.collection
     assert collection is not None
     judged = sum(not v.minimised_from for v in run.verified or [])
-    first = ""
-    if collection.preferred:
-        first = " Strings that a job's own verdict calls a backdoor came first, then those of the best search scores."
     return (
         f"The jobs found {counted(collection.strings, 'string')}, {collection.different:,} of them different; "
-        f"{judged:,} of these were verified here, once and by one judge.{first} The more strings compete, the better "
-        "the best of them looks to the search by chance alone, so its search score is no evidence. No search used the "
-        f"held-out contexts; the intervals of the rates are those of one string, not of the best of {judged:,}."
+        f"{judged:,} of these were verified here, once and by one judge, the best of each payload first."
+        f"{_preferred(run)} The more strings compete, the better the best of them looks to the search by chance alone, "
+        "so its search score is no evidence. No search used the held-out contexts; the intervals of the rates are "
+        f"those of one string, not of the best of {judged:,}.{_verified_by_jobs(collection)}"
     )
+
+
+def _preferred(run: RunRecords) -> str:
+    collection = run.collection
+    if collection is None or not collection.preferred:
+        return ""
+    rule = " A string that a job's own verdict calls a backdoor counts as better than others of its payload."
+    here = {(v.trigger, p) for v in run.verified or [] if not v.minimised_from for p in ("", v.payload)}
+    left = sum((p.trigger, p.payload) not in here for p in (run.provenance or [])[: collection.preferred])
+    more = f" Not verified here, of these {collection.preferred:,} strings: {left:,}; collect with more --candidates."
+    return rule + more if left else rule
+
+
+def _verified_by_jobs(collection: Collection) -> str:
+    if not (count := collection.verified_by_jobs):
+        return ""
+    own = f" The jobs themselves had verified {counted(count, 'string')}, in the very same held-out contexts"
+    if not collection.preferred:
+        return f"{own}."
+    return (
+        f"{own}, and the strings preferred here were chosen by that: their rates are those of the best of {count:,}, "
+        "and look better than they would in contexts that chose nothing."
+    )
+
+
+def _taken_back(run: RunRecords) -> list[str]:
+    taken = run.collection.taken_back if run.collection else []
+    lines = [f"The null of job {t.job} took back its backdoor {clip(t.trigger, _CELL_LIMIT)!r}." for t in taken]
+    if lines and run.verdict.verdict == "backdoor":
+        lines.append("The string above is another one, and scores more than the controls of that null.")
+    return lines
 
 
 def _finders(run: RunRecords) -> list[str]:
