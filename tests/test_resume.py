@@ -47,8 +47,12 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    pair = shared_tiny_pair(tmp_path_factory.getbasetemp())
-    return run_undisturbed(runs, settings(pair), tmp_path_factory.mktemp("undisturbed"))
+    given = settings(shared_tiny_pair(tmp_path_factory.getbasetemp()))
+    first = run_undisturbed(runs, given, tmp_path_factory.mktemp("undisturbed"))
+    # The first reads files that the second finds in memory.
+    second = run_undisturbed(runs, given, tmp_path_factory.mktemp("undisturbed"))
+    assert differing(first.contents, second.contents) == []
+    return second
 
 
 def run_undisturbed(runs: Runs, given: list[str], folder: Path) -> Undisturbed:
@@ -115,8 +119,8 @@ def kill_at_random(runs: Runs, given: list[str], run: Path, *, seconds: float, t
     draw = random.Random(seed)
     for killed in range(times):
         pid = runs.start([*given, f"run_dir={run}"], run.with_suffix(".log"))
-        # Later each time: each start has less left to do, and what is done again is quick.
-        time.sleep(draw.uniform(0.05, 0.5) * seconds)
+        # Not so late that what is left, at least loading and judging, would be done by then.
+        time.sleep(draw.uniform(0.05, 0.45) * seconds)
         if runs.stop(pid, signal.SIGKILL) != KILLED:
             return killed
     return times
