@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,6 @@ import pytest
 if TYPE_CHECKING:
     from trigger_opt.models.files import ModelFiles
 
-# Few tests that wait for other processes.
-_LONGEST = ("test_slurm.py", "test_resume.py", "test_tracking_resume.py", "test_launcher.py", "test_collect_verify.py")
 _LIBRARIES = ("aiohttp", "hydra", "pydantic", "scipy.stats", "torch", "transformers.masking_utils")
 
 
@@ -30,13 +27,6 @@ def pytest_pycollect_makemodule() -> None:
     for name in _LIBRARIES:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest first, then by how many tests they hold: whole files go to each worker, and one that is
-    begun last keeps the other waiting."""
-    sizes = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in _LONGEST, -sizes[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)
