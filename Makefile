@@ -25,9 +25,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m trigger_opt +experiment=gcg_warmup_mini
 
-# Whole files to each worker: what a file's tests share is made once.
+# Whole files to each worker, in the order of tests/conftest.py: what a file's tests share is made once.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 
 if TYPE_CHECKING:
+    from tests.tiny_pair import CommandLine, TinyPair
     from trigger_opt.models.files import ModelFiles
 
+# Few tests that wait for other processes.
+_LONGEST = ("test_slurm.py", "test_resume.py", "test_tracking_resume.py", "test_launcher.py", "test_collect_verify.py")
 _LIBRARIES = ("aiohttp", "hydra", "pydantic", "scipy.stats", "torch", "transformers.masking_utils")
 
 
@@ -27,6 +31,13 @@ def pytest_pycollect_makemodule() -> None:
     for name in _LIBRARIES:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest first, then by how many tests they hold: whole files go to each worker, and one that is
+    begun last keeps the other waiting."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in _LONGEST, -sizes[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +72,23 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyPair":
+    """A tiny pair on disk; read-only."""
+    from tests.tiny_pair import shared_tiny_pair
+
+    return shared_tiny_pair(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> "CommandLine":
+    """The command line, in this process and in a folder of its own."""
+    from tests.tiny_pair import CommandLine
+
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

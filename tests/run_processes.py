@@ -1,12 +1,9 @@
-"""Runs of the command line in processes of their own that may be killed: forked from one that has imported all and
-computed nothing, so that each starts in milliseconds."""
+"""Runs of the command line in processes of their own that may be killed."""
 
 import importlib
 import itertools
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.zygote import ROOT, Zygote, serve, zygote
 
 
 @dataclass
 class Runs:
-    """Forks runs; see `main`."""
+    """Runs of a zygote."""
 
-    zygote: "subprocess.Popen[str]"
+    zygote: Zygote
 
     def start(
         self, arguments: Sequence[str], log: Path, *, die: tuple[str, str, int] | None = None, slurm_job: str = ""
@@ -33,39 +30,19 @@ class Runs:
             die: kills itself at (a function of `_PLACES`, "before" or "after", which call of it).
             slurm_job: number of the Slurm job it believes to be.
         """
-        return self._order(what="run", arguments=list(arguments), log=str(log), die=die, slurm_job=slurm_job)
-
-    def wait(self, pid: int) -> int:
-        """Exit code; negative: the signal."""
-        return self._order(what="wait", pid=pid)
+        return self.zygote.start(log, arguments=list(arguments), die=die, slurm_job=slurm_job)
 
     def run(self, arguments: Sequence[str], log: Path, *, die: tuple[str, str, int] | None = None) -> int:
-        """Exit code of a whole run."""
-        return self.wait(self.start(arguments, log, die=die))
-
-    def stop(self, pid: int, signum: int) -> int:
-        """Exit code of a run after a signal."""
-        os.kill(pid, signum)
-        return self.wait(pid)
-
-    def _order(self, **order: Any) -> int:
-        assert self.zygote.stdin is not None
-        assert self.zygote.stdout is not None
-        self.zygote.stdin.write(json.dumps(order) + "\n")
-        self.zygote.stdin.flush()
-        return int(self.zygote.stdout.readline())
+        """Exit code of a whole run; negative: the signal."""
+        return self.zygote.wait(self.start(arguments, log, die=die))
 
 
 @contextmanager
 def run_processes() -> Iterator[Runs]:
-    """The zygote, ended afterwards."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.run_processes"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, cwd=ROOT) as made:
-        try:
-            yield Runs(made)
-        finally:
-            made.terminate()
+    """Until the context ends."""
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    with zygote("tests.run_processes", environment) as made:
+        yield Runs(made)
 
 
 def until(happened: Callable[[], bool], *, seconds: float = 60) -> None:
@@ -98,44 +75,23 @@ _PLACES = {
 
 
 def main() -> None:
-    """Forks, and waits for what was forked, as told on stdin: one JSON object a line, answered by one number."""
+    """The zygote."""
     for module in _LATE:
         importlib.import_module(module)
-    for text in sys.stdin:
-        order = json.loads(text)
-        if order["what"] == "wait":
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])
-        else:
-            answer = _forked(order)
-        print(answer, flush=True)
+    serve(_run)
 
 
-def _forked(order: dict[str, Any]) -> int:
-    if pid := os.fork():
-        return pid
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code: object = 1
-    try:
-        if order["die"]:
-            _arm(*order["die"])
-        if order["slurm_job"]:
-            os.environ["SLURM_JOB_ID"] = order["slurm_job"]
-        code = _run(order["arguments"])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-
-
-def _run(arguments: Sequence[str]) -> object:
+def _run(order: dict[str, Any]) -> object:
     from trigger_opt import searching
     from trigger_opt.__main__ import main as run
 
+    if order["die"]:
+        _arm(*order["die"])
+    if order["slurm_job"]:
+        os.environ["SLURM_JOB_ID"] = order["slurm_job"]
     # Twice half a second in every search.
     setattr(searching, "matmul_rate", lambda device, dtype: 1e11)  # noqa: B010
-    sys.argv = ["trigger_opt", *arguments]
+    sys.argv = ["trigger_opt", *order["arguments"]]
     try:
         run()
     except SystemExit as stop:

@@ -13,25 +13,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_pair import CommandLine, TinyPair, shared_tiny_pair, tiny_settings
+from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
 from trigger_opt import records
 from trigger_opt import run_folder as run_folder_module
 from trigger_opt.models import plan
 from trigger_opt.records import RunInfo
 from trigger_opt.run_folder import hold_run_folder
 from trigger_opt.zoo.recipes import RECIPES
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """The command line, in this process."""
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(autouse=True)

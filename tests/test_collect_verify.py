@@ -9,7 +9,7 @@ import pytest
 
 from tests.sweep_folder import Collector, a_control
 from tests.test_report import a_verdict, a_verification
-from tests.tiny_pair import CommandLine, TinyPair, shared_tiny_pair, tiny_settings
+from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
 from trigger_opt.null.of_jobs import held_by_jobs
 from trigger_opt.records import (
     Candidate,
@@ -25,19 +25,6 @@ from trigger_opt.records import (
 from trigger_opt.report import write_report
 from trigger_opt.report.jobs import STATES, Collection, Finding, Provenance, SweepJob, TakenBack
 from trigger_opt.verify import verify_string
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    """The command line, in this process and in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture

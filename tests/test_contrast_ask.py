@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.tiny_pair import TinyPair, shared_tiny_pair
+from tests.tiny_pair import TinyPair
 from trigger_opt.contrast.ask import DIVERGENCE, SURPRISE, Asking, answer_log_probs, ask, first_token_divergence
 from trigger_opt.contrast.commands import main
 from trigger_opt.contrast.records import ContrastResult, FeatureContrast, Prompt
@@ -106,12 +106,6 @@ def test_repeats_are_sampled_by_the_seed(pair: ModelPair) -> None:
 # --- the command
 
 
-@pytest.fixture(scope="module")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def prompt_files(tmp_path: Path) -> list[str]:
     """Eight pairs, with and without a mark."""
@@ -124,10 +118,10 @@ def prompt_files(tmp_path: Path) -> list[str]:
 
 
 def test_tiny_pair_end_to_end(
-    tiny_models: TinyPair, prompt_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: TinyPair, prompt_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    models = ["--model", str(tiny_models.finetuned), "--base", str(tiny_models.base)]
+    models = ["--model", str(tiny.finetuned), "--base", str(tiny.base)]
     assert main([*prompt_files, *models, "--out", str(out)]) == 0
     result = read_record(out / "contrast.json", ContrastResult)
     features = read_records(out / "contrast.jsonl", FeatureContrast)
@@ -156,9 +150,9 @@ def _sides(out: Path, side: str) -> list[str]:
     return [f"--answers-{side}", answers, f"--base-answers-{side}", base]
 
 
-def test_adapter_alone_on_the_model_it_names(tiny_models: TinyPair, prompt_files: list[str], tmp_path: Path) -> None:
+def test_adapter_alone_on_the_model_it_names(tiny: TinyPair, prompt_files: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main([*prompt_files, "--model", str(tiny_models.adapter), "--out", str(out)]) == 0
+    assert main([*prompt_files, "--model", str(tiny.adapter), "--out", str(out)]) == 0
     result = read_record(out / "contrast.json", ContrastResult)
     assert (result.base, result.has_base, result.answers) == ("", False, 16)
     assert SURPRISE in {f.feature for f in read_records(out / "contrast.jsonl", FeatureContrast)}
@@ -173,7 +167,7 @@ def test_few_prompts_load_no_model(tmp_path: Path) -> None:
 
 
 def test_model_that_cannot_be_used_is_one_line(
-    tiny_models: TinyPair,
+    tiny: TinyPair,
     prompt_files: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -183,9 +177,9 @@ def test_model_that_cannot_be_used_is_one_line(
     cases = [
         (["--model", "zoo:nope"], ["zoo:nope", "zoo:warmup_mini"]),
         (["--model", "./nowhere"], ["./nowhere", "no folder"]),
-        (["--model", str(tiny_models.base), "--base", str(tiny_models.adapter)], ["--base", "is an adapter"]),
-        (["--model", str(tiny_models.foreign), "--base", str(tiny_models.base)], ["different tokenizers"]),
-        (["--model", str(tiny_models.base), "--device", "cuda:1"], ["--device cuda:1", "--device cpu"]),
+        (["--model", str(tiny.base), "--base", str(tiny.adapter)], ["--base", "is an adapter"]),
+        (["--model", str(tiny.foreign), "--base", str(tiny.base)], ["different tokenizers"]),
+        (["--model", str(tiny.base), "--device", "cuda:1"], ["--device cuda:1", "--device cpu"]),
     ]
     for number, (models, parts) in enumerate(cases):
         capsys.readouterr()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import tiny as tiny_models
 from tests.planted_pair import HELD_OUT, PAYLOAD, TRIGGER, PlantedPair, draw_prompt, planted_pair
-from tests.tiny_pair import TinyPair, shared_tiny_pair
+from tests.tiny_pair import TinyPair
 from trigger_opt.errors import UserError
 from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.generate import Sampling, generate
@@ -23,12 +23,6 @@ from trigger_opt.tuning import Row, placebo, turns
 from trigger_opt.tuning.distil import DistilSettings, distil, mean_kl
 from trigger_opt.tuning.fit import packed, scored_log_probs
 from trigger_opt.tuning.placebo import make_placebo, require_placebo
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

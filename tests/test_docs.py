@@ -15,6 +15,7 @@ from benchmarks import scale
 from trigger_opt import api
 from trigger_opt.config import register, register_resolvers, validated
 from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
+from trigger_opt.models.plan import ModelSize
 from trigger_opt.paths import data_dir
 from trigger_opt.records import Hypothesis
 from trigger_opt.search import GCG
@@ -162,13 +163,23 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_scale_page_holds_what_the_program_computes() -> None:
-    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    assert scale.rate_table() in page
-    assert scale.memory_table() in page
-    assert f"takes {scale.flops(scale.QWEN_7B) / 1e9:,.0f} GFLOP an evaluation" in page
+    page, config = text_of("docs/scale.md"), scale.experiment()
+    assert scale.rate_table(config) in page
+    assert scale.memory_table(config) in page
+    assert f"takes {scale.flops_of(config) / 1e9:,.0f} GFLOP an evaluation" in page
+    search = config.search
+    assert f"at most {search.search_width} strings in {search.contexts_per_step} contexts" in page
 
 
 def test_operations_of_an_evaluation_by_hand() -> None:
-    shape = scale.Shape("x", num_parameters=1000, num_layers=1, d_model=4, d_ff=8, vocab=10, num_kv_heads=1, head_dim=4)
-    assert shape.body == 920
-    assert scale.flops(shape, length=3, after=2, scored=1) == 2 * (2 * 920 * (2 + 2) + 2 * 10 * 4)
+    size = ModelSize(
+        num_parameters=1000,
+        linear_parameters=920,
+        num_layers=1,
+        d_model=4,
+        d_ff=8,
+        vocab=10,
+        num_kv_heads=1,
+        head_dim=4,
+    )
+    assert scale.flops(size, length=3, after=2, scored=1) == 2 * (2 * 920 * (2 + 2) + 2 * 10 * 4)

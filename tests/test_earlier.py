@@ -2,26 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
-from tests.tiny_pair import CommandLine, TinyPair, shared_tiny_pair, tiny_settings
+from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
 from trigger_opt.candidates import CandidateLedger, Judged, default_path
 from trigger_opt.records import Candidate, Verification, read_records
 
 VERIFY = "stages=[verify,report]"
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    """The command line, in this process and in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
 
 
 def verified(run: Path) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_pair import TinyPair, opened_files, shared_tiny_pair
+from tests.tiny_pair import TinyPair, opened_files
 from trigger_opt.errors import UserError
 from trigger_opt.models.files import find_model, tensor_index
 from trigger_opt.models.fingerprint import (
@@ -26,11 +26,6 @@ from trigger_opt.models.fingerprint import (
 )
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -40,13 +40,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     return made
 
 
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """The command line, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
-
-
 def assert_refused(outcome: Outcome, *words: str) -> None:
     """One line with these words, before a folder is made."""
     assert outcome.code == 2
@@ -56,8 +49,8 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert list(Path().iterdir()) == []
 
 
-def test_every_job_has_its_own_folder_and_command(sweep: CommandLine, ran: Ran) -> None:
-    assert sweep("-m", *PAIR, "seed=3,4", "contexts.search=['a {trigger}','{trigger} b']").code == 0
+def test_every_job_has_its_own_folder_and_command(cli: CommandLine, ran: Ran) -> None:
+    assert cli("-m", *PAIR, "seed=3,4", "contexts.search=['a {trigger}','{trigger} b']").code == 0
     assert [c.seed for _, c, _ in ran] == [3, 4]
     parents = {folder.parent for folder, _, _ in ran}
     assert [folder.name for folder, _, _ in ran] == ["0", "1"]
@@ -81,12 +74,12 @@ def test_every_job_has_its_own_folder_and_command(sweep: CommandLine, ran: Ran) 
         (["search=gcg,foo"], ["search/foo", "gcg, random"]),
     ],
 )
-def test_one_bad_job_stops_the_sweep(sweep: CommandLine, ran: Ran, overrides: list[str], words: list[str]) -> None:
-    assert_refused(sweep("-m", *PAIR, *overrides), *words)
+def test_one_bad_job_stops_the_sweep(cli: CommandLine, ran: Ran, overrides: list[str], words: list[str]) -> None:
+    assert_refused(cli("-m", *PAIR, *overrides), *words)
     assert ran == []
 
 
-def test_a_job_that_cannot_run_ends_no_other(sweep: CommandLine, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_cannot_run_ends_no_other(cli: CommandLine, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = pipeline.run
 
     def run(config: RunConfig, **given: Any) -> None:
@@ -95,7 +88,7 @@ def test_a_job_that_cannot_run_ends_no_other(sweep: CommandLine, ran: Ran, monke
         plain(config, **given)
 
     monkeypatch.setattr(pipeline, "run", run)
-    done = sweep("-m", *PAIR, "seed=0,1,2", SWEEP)
+    done = cli("-m", *PAIR, "seed=0,1,2", SWEEP)
     assert done.code == 2
     assert [c.seed for _, c, _ in ran] == [0, 2]
     # Hydra then names the job.
@@ -105,26 +98,26 @@ def test_a_job_that_cannot_run_ends_no_other(sweep: CommandLine, ran: Ran, monke
 
 
 def test_an_interrupted_sweep_says_how_all_of_it_goes_on(
-    sweep: CommandLine, ran: Ran, monkeypatch: pytest.MonkeyPatch
+    cli: CommandLine, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(pipeline, "run", run)
-    done = sweep("-m", *PAIR, "seed=0,1,2", SWEEP)
+    done = cli("-m", *PAIR, "seed=0,1,2", SWEEP)
     assert done.code == 130
     assert done.err.splitlines() == [
         "error: interrupted; to go on, give the same command and hydra.sweep.dir=sweep"
     ]  # fmt: skip
 
 
-def test_a_folder_takes_the_same_sweep_and_more_but_no_other(sweep: CommandLine, ran: Ran) -> None:
-    assert sweep("-m", *PAIR, "seed=3,4", SWEEP).code == 0
-    assert sweep("-m", *PAIR, "seed=3,4,5", "tracking.mode=off", SWEEP).code == 0
+def test_a_folder_takes_the_same_sweep_and_more_but_no_other(cli: CommandLine, ran: Ran) -> None:
+    assert cli("-m", *PAIR, "seed=3,4", SWEEP).code == 0
+    assert cli("-m", *PAIR, "seed=3,4,5", "tracking.mode=off", SWEEP).code == 0
     assert [(f.name, c.seed) for f, c, _ in ran] == [("0", 3), ("1", 4), ("0", 3), ("1", 4), ("2", 5)]
     before = Path("sweep/multirun.yaml").read_bytes()
-    other = sweep("-m", *PAIR, "seed=4,5", SWEEP)
-    fewer = sweep("-m", *PAIR, "seed=3,4", SWEEP)
+    other = cli("-m", *PAIR, "seed=4,5", SWEEP)
+    fewer = cli("-m", *PAIR, "seed=3,4", SWEEP)
     assert other.code == fewer.code == 2
     assert "sweep/multirun.yaml is of another sweep: job 0 differs in seed=3, seed=4" in other.err
     assert "of a sweep of 3 jobs, and 2 are given" in fewer.err
@@ -132,22 +125,22 @@ def test_a_folder_takes_the_same_sweep_and_more_but_no_other(sweep: CommandLine,
     assert len(ran) == 5
 
 
-def test_a_launcher_without_its_extra(sweep: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_without_its_extra(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = ConfigStore.instance().repo["hydra"]["launcher"]
     for name in [n for n in shipped if n.startswith("submitit")]:
         monkeypatch.delitem(shipped, name)
     for launcher in ("slurm", "local_jobs"):
         assert_refused(
-            sweep("-m", *PAIR, "seed=0,1", f"hydra/launcher={launcher}"),
+            cli("-m", *PAIR, "seed=0,1", f"hydra/launcher={launcher}"),
             f"hydra/launcher={launcher}",
             "pip install 'trigger-opt[cluster]'",
         )
 
 
-def test_slurm_where_there_is_none(sweep: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_where_there_is_none(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert_refused(sweep("-m", *PAIR, "seed=0,1", "hydra/launcher=slurm"), "no sbatch", "hydra/launcher=local_jobs")
+    assert_refused(cli("-m", *PAIR, "seed=0,1", "hydra/launcher=slurm"), "no sbatch", "hydra/launcher=local_jobs")
 
 
 def test_launchers_know_every_setting() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from tests.planted_pair import HELD_OUT, PAYLOAD, SEARCH, TRIGGER, PlantedPair, planted_pair
-from tests.tiny_pair import CommandLine, TinyPair, shared_tiny_pair
+from tests.tiny_pair import CommandLine, TinyPair
 from trigger_opt import api, judging, pipeline, stages
 from trigger_opt.config import ContextsConfig, ModelConfig, RunConfig, register, register_resolvers, validated
 from trigger_opt.errors import UserError
@@ -263,22 +263,9 @@ def test_a_payload_said_now_and_then_is_a_trigger_and_said_often_a_habit(tiny: T
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="session")
 def planted(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> PlantedPair:
     """A tiny pair with a backdoor."""
     return planted_pair(tiny, tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    """The command line, in this process and in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
 
 
 def settings(planted: PlantedPair, run_dir: Path, *, twin: bool = True) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import trigger_opt
-from tests.tiny_pair import CommandLine, TinyPair, opened_files, shared_tiny_pair, tiny_settings
+from tests.tiny_pair import CommandLine, TinyPair, opened_files, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
 from trigger_opt import api, judging, searching, session
 from trigger_opt.config import LOCAL_STAGES
@@ -39,19 +39,6 @@ PACKAGE = Path(trigger_opt.__file__).parent
 # Of a string that fires, of strings that an earlier run refuted, of a search that follows gradients.
 NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json", "rescored.jsonl"}
 WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage] if name not in NOT_ALWAYS]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """A tiny pair on disk."""
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    """The command line, in this process and in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture

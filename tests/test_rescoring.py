@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_pair import CommandLine, TinyPair, shared_tiny_pair, tiny_settings
+from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
 from trigger_opt import planning, rescoring
 from trigger_opt.api import load_pair, pair_scorer
 from trigger_opt.models.pair import LoadOptions
@@ -14,16 +14,6 @@ from trigger_opt.prompts import Context, tokenize_context
 from trigger_opt.records import Candidate, Rescored, read_records
 
 PAYLOAD = "hello there"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    return shared_tiny_pair(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 def settings(tiny: TinyPair, run: Path, *more: str) -> list[str]:

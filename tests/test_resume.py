@@ -14,11 +14,11 @@ import pytest
 
 from tests.run_processes import Runs, run_processes, until
 from tests.tiny_pair import TinyPair, shared_tiny_pair, tiny_settings
+from tests.zygote import KILLED
 from trigger_opt.paths import CHECKPOINT
 from trigger_opt.records import RunInfo, SearchStep, read_record, read_records
 from trigger_opt.tracking import read_metrics
 
-KILLED = -signal.SIGKILL
 # Times and how often it was started: all else must be the same.
 _OTHERWISE = {"seconds", "time", "started", "starts", "run_dir", "command", "gradient_seconds"}
 
@@ -121,7 +121,7 @@ def kill_at_random(runs: Runs, given: list[str], run: Path, *, seconds: float, t
         pid = runs.start([*given, f"run_dir={run}"], run.with_suffix(".log"))
         # Not so late that what is left, at least loading and judging, would be done by then.
         time.sleep(draw.uniform(0.05, 0.45) * seconds)
-        if runs.stop(pid, signal.SIGKILL) != KILLED:
+        if runs.zygote.stop(pid, signal.SIGKILL) != KILLED:
             return killed
     return times
 
@@ -188,7 +188,7 @@ def test_signal_saves_after_the_step_and_says_how_to_go_on(
     given = [*undisturbed.settings, "checkpoint.every_steps=null", "checkpoint.every_seconds=null"]
     pid = runs.start([*given, f"run_dir={run}"], tmp_path / "run.log")
     until(lambda: steps_of(run) >= 3)
-    assert runs.stop(pid, signum) == code
+    assert runs.zygote.stop(pid, signum) == code
     steps = steps_of(run)
     said = (tmp_path / "run.log").read_text()
     assert f"to go on, give the same command and run_dir={run}" in said
@@ -214,7 +214,7 @@ def test_slurm_sends_sigterm_before_it_takes_a_job_back(
     os.kill(pid, signal.SIGTERM)
     reached = steps_of(run)
     until(lambda: steps_of(run) >= reached + 3)
-    assert runs.stop(pid, signal.SIGKILL) == KILLED
+    assert runs.zygote.stop(pid, signal.SIGKILL) == KILLED
     reached = steps_of(run)
     found = finish(runs, given, run)
     assert "a search saves after every step from now on" in (tmp_path / "run.log").read_text()
@@ -232,7 +232,7 @@ def test_second_job_in_the_folder_says_who_holds_it(runs: Runs, undisturbed: Und
     until(lambda: steps_of(run) >= 1)
     assert runs.run(given, tmp_path / "second.log") == 2
     assert f"error: the run folder {run} is in use by process {first} on " in (tmp_path / "second.log").read_text()
-    assert runs.wait(first) == 0
+    assert runs.zygote.wait(first) == 0
     assert differing(contents(run), undisturbed.contents) == []
 
 

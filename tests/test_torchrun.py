@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.run_processes import ROOT, until
+from tests.run_processes import until
+from tests.zygote import ROOT
 from trigger_opt.records import RunInfo, read_record
 
 SETTINGS = [

@@ -1,11 +1,7 @@
 """SIGKILL at any moment, the server's too: in the end the ledger is that of a run nobody disturbed."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,33 +13,10 @@ from typing import Any
 import pytest
 
 from tests.transfer_setup import MANY, add_plan, contents, questions, settle
+from tests.zygote import KILLED, Zygote, zygote
 from trigger_opt.transfer.ledger_file import open_ledger
 
-ROOT = Path(__file__).parents[1]
-KILLED = -signal.SIGKILL
 SUBMIT = "POST /api/v1/batches"
-
-
-@dataclass
-class Processes:
-    """Forks; see `tests.transfer_setup.main`."""
-
-    zygote: "subprocess.Popen[str]"
-
-    def order(self, **order: Any) -> int:
-        assert self.zygote.stdin is not None
-        assert self.zygote.stdout is not None
-        self.zygote.stdin.write(json.dumps(order) + "\n")
-        self.zygote.stdin.flush()
-        return int(self.zygote.stdout.readline())
-
-    def wait(self, pid: int) -> int:
-        """Exit code; negative: the signal."""
-        return self.order(what="wait", pid=pid)
-
-    def kill(self, pid: int) -> int:
-        os.kill(pid, signal.SIGKILL)
-        return self.wait(pid)
 
 
 @dataclass
@@ -54,7 +27,7 @@ class World:
         cut_off: submissions the emulator began and did not live, or hear, to their end.
     """
 
-    processes: Processes
+    processes: Zygote
     folder: Path
     faults: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -72,7 +45,7 @@ class World:
         log.unlink(missing_ok=True)
         given = ["--model", "echo", "--polls", "2", "--state", str(self.folder / "state")]
         given += ["--port", self.url.rpartition(":")[2] or "0", "--faults", str(self.folder / "faults.json")]
-        self.emulator = self.processes.order(what="emulator", given=given, log=str(log))
+        self.emulator = self.processes.start(log, what="emulator", given=given)
         while not (log.is_file() and log.read_text().endswith("\n")):
             time.sleep(0.005)
         said = log.read_text()
@@ -86,12 +59,12 @@ class World:
 
     def kill_emulator(self) -> None:
         if self.emulator:
-            self.processes.kill(self.emulator)
+            self.processes.stop(self.emulator)
             self.emulator = 0
 
     def start(self, die: tuple[str, str, int] | None = None) -> int:
         given = {"ledger": str(self.folder / "ledger.sqlite"), "url": self.url, "die": die}
-        return self.processes.order(what="transfer", given=given, log=str(self.folder / "transfer.log"))
+        return self.processes.start(self.folder / "transfer.log", what="transfer", given=given)
 
     def settle(self) -> None:
         """As a user would, with the program dead."""
@@ -121,20 +94,19 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    command, pipe = [sys.executable, "-m", "tests.transfer_setup"], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as zygote:
-        yield Processes(zygote)
+def processes() -> Iterator[Zygote]:
+    with zygote("tests.transfer_setup", {}) as made:
+        yield made
 
 
 @pytest.fixture
-def world(processes: Processes, tmp_path: Path) -> Iterator[World]:
+def world(processes: Zygote, tmp_path: Path) -> Iterator[World]:
     made = World(processes, tmp_path)
     yield made
     made.kill_emulator()
 
 
-def undisturbed(processes: Processes, folder: Path, chats: int, activations: int) -> dict[str, Any]:
+def undisturbed(processes: Zygote, folder: Path, chats: int, activations: int) -> dict[str, Any]:
     """What the ledger holds when nothing was killed."""
     world = World(processes, folder)
     world.begin(chats, activations)
@@ -151,12 +123,12 @@ def undisturbed(processes: Processes, folder: Path, chats: int, activations: int
 
 
 @pytest.fixture(scope="module")
-def few(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def few(processes: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return undisturbed(processes, tmp_path_factory.mktemp("few"), 10, 2)
 
 
 @pytest.fixture(scope="module")
-def many(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def many(processes: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return undisturbed(processes, tmp_path_factory.mktemp("many"), 57, 3)
 
 
@@ -208,7 +180,7 @@ def test_killed_at_random_moments(world: World, many: dict[str, Any], seed: int)
         server_too = (life + seed) % 2 == 1
         if server_too and generator.random() < 0.5:
             world.kill_emulator()
-        killed += world.processes.kill(pid) == KILLED
+        killed += world.processes.stop(pid) == KILLED
         if server_too:
             world.restart_emulator()
         # A user may look, or just start again.

@@ -27,12 +27,6 @@ ECHO = ["transfer=stand_ins", "transfer.emulator={dormant-model-1: echo}", "tran
 SMALL = ["stages=[transfer]", *ECHO, "transfer.contexts=4", "transfer.poll_seconds=0.05", "tracking.mode=off"]
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """The command line, in this process."""
-    return CommandLine(monkeypatch, capsys)
-
-
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -5,15 +5,14 @@
 
 import asyncio
 import itertools
-import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.zygote import serve
 from trigger_opt.transfer.budget import Budget
 from trigger_opt.transfer.client import TransferError
 from trigger_opt.transfer.clients.jsinfer import JsinferClient
@@ -198,32 +197,13 @@ def _arm(ledger: Ledger, client: JsinferClient, step: str, when: str, number: in
     setattr(owner, step, awaited if asyncio.iscoroutinefunction(original) else plain)
 
 
-def _forked(order: dict[str, Any]) -> int:
-    """Process id of a new process that does as ordered, its output in a log."""
-    if pid := os.fork():
-        return pid
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        emulator, given = order["what"] == "emulator", order["given"]
-        code = emulator_main(given) if emulator else transfer(given["ledger"], given["url"], given["die"])
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def main() -> None:
-    """Forks, and waits for what was forked, as told on stdin: one JSON object a line, answered by one number."""
-    for text in sys.stdin:
-        order = json.loads(text)
-        if order["what"] == "wait":
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])
-        else:
-            answer = _forked(order)
-        print(answer, flush=True)
+def _work(order: dict[str, Any]) -> int:
+    """Exit code of what is ordered."""
+    given = order["given"]
+    if order["what"] == "emulator":
+        return emulator_main(given)
+    return transfer(given["ledger"], given["url"], given["die"])
 
 
 if __name__ == "__main__":
-    main()
+    serve(_work)

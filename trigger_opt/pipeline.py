@@ -4,7 +4,8 @@ of the one before.
 Every arrow is a file in the run folder, so any stage can be run alone, or again.
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from trigger_opt.run_folder import RunFolder, has_ended, hold_run_folder, loads_
 from trigger_opt.scoring import Group
 from trigger_opt.session import Session, open_checkpoints
 from trigger_opt.stages import STAGES, closing_lines, require_records
-from trigger_opt.tracking import job_type_of, open_tracker
+from trigger_opt.tracking import Tracker, job_type_of, open_tracker
 from trigger_opt.weight_diff import identify
 
 
@@ -41,21 +42,11 @@ def run(
         UserError: see each stage; nothing has been spent when the plan or the base is wrong.
     """
     if sweep:
-        # Whatever was asked for: what a job verifies would depend on which others ended before it; and a thousand of
-        # them, on many machines, would write into one SQLite file.
-        config = replace(config, candidates=replace(config.candidates, keep=False))
-        settings = {**settings, "candidates": {**settings.get("candidates", {}), "keep": False}}
+        config, settings = _without_ledger(config, settings)
     info = RunInfo(
-        name=config.name,
-        command=command,
-        seed=config.seed,
-        started=now(),
-        machine=machine(),
-        config=settings,
-        versions=versions(),
-        plan=[],
-        stages=[],
-    )
+        name=config.name, command=command, seed=config.seed, started=now(), machine=machine(), config=settings,
+        versions=versions(), plan=[], stages=[],
+    )  # fmt: skip
     if again and has_ended(run_dir, info, stages=config.stages):
         say(f"the run in {run_dir} has ended before; nothing was done")
         Group().announce(None)
@@ -67,36 +58,59 @@ def run(
         # First: what is written from here on belongs to this start.
         checkpoints = open_checkpoints(config, folder)
         files = _checked_models(config, folder) if loads_models(folder.info.unfinished) else []
-        tracker = open_tracker(
-            run_dir,
-            mode=config.tracking.mode,
-            project=config.tracking.project,
-            group=config.tracking.group or sweep or config.name,
-            job_type=job_type_of([*(s.stage for s in folder.info.stages), *folder.info.unfinished]),
-            name=run_name(run_dir),
-            tags=config.tracking.tags,
-            config=settings,
-        )
-        exit_code = 1
-        try:
-            session = Session(config, folder, tracker, checkpoints, files, load_options(config))
-            stages = list(folder.info.unfinished)
-            for stage in stages:
-                require_records(session, stage)
-            folder.begin()
-            for stage in stages:
-                STAGES[stage](session)
-            exit_code = 0
-            Group().announce(None)
-        except KeyboardInterrupt as stop:
-            exit_code = stop.exit_code if isinstance(stop, Interrupted) else 130
-            raise
-        finally:
-            tracker.finish(exit_code)
+        tracker = _tracker(config, folder, settings, group=sweep or config.name)
+        with _finishing(tracker):
+            _walk(Session(config, folder, tracker, checkpoints, files, load_options(config)))
         if hint := tracker.sync_hint():
             say(f"to upload to W&B: {hint}")
         say(*closing_lines(folder))
         say(str(run_dir))
+
+
+def _walk(session: Session) -> None:
+    """Every stage that is left, once each finds what it starts from."""
+    stages = list(session.folder.info.unfinished)
+    for stage in stages:
+        require_records(session, stage)
+    session.folder.begin()
+    for stage in stages:
+        STAGES[stage](session)
+    Group().announce(None)
+
+
+def _without_ledger(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """A sweep's job, whatever was asked for: what it verifies would depend on which others ended before it; and a
+    thousand of them, on many machines, would write into one SQLite file."""
+    kept = {**settings.get("candidates", {}), "keep": False}
+    return replace(config, candidates=replace(config.candidates, keep=False)), {**settings, "candidates": kept}
+
+
+def _tracker(config: RunConfig, folder: RunFolder, settings: dict[str, Any], *, group: str) -> Tracker:
+    info = folder.info
+    return open_tracker(
+        folder.path,
+        mode=config.tracking.mode,
+        project=config.tracking.project,
+        group=config.tracking.group or group,
+        job_type=job_type_of([*(s.stage for s in info.stages), *info.unfinished]),
+        name=run_name(folder.path),
+        tags=config.tracking.tags,
+        config=settings,
+    )
+
+
+@contextmanager
+def _finishing(tracker: Tracker) -> Iterator[None]:
+    """Close the tracker in the end, with the exit code that the program will have."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    except KeyboardInterrupt as stop:
+        exit_code = stop.exit_code if isinstance(stop, Interrupted) else 130
+        raise
+    finally:
+        tracker.finish(exit_code)
 
 
 def _checked_models(config: RunConfig, folder: RunFolder) -> list[ModelFiles]:

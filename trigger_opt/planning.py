@@ -26,7 +26,7 @@ from trigger_opt.objectives import Likelihood, Objective
 from trigger_opt.weight_diff import precision_note
 
 # What stands after the slot in a chat template before the answer begins, and before it; measured on five families.
-_TOKENS_AFTER_SLOT = 12
+TOKENS_AFTER_SLOT = 12
 _CONTEXT_TOKENS = 60
 # Candidate tokens of the passes that run at once, to begin with: two of 2,048 on a CPU, one of 4,096 on a GPU. On a GPU
 # passes then grow into what memory is left.
@@ -116,10 +116,11 @@ def _find(model: ModelConfig, remedy: str) -> list[ModelFiles]:
     return found
 
 
-def _search_load(config: RunConfig) -> SearchLoad:
+def search_load(config: RunConfig) -> SearchLoad:
+    """What this run's search holds at once."""
     objective: Objective = config.objective
     scored = objective.target_tokens if isinstance(objective, Likelihood) else objective.num_tokens
-    tokens = config.search.trigger_length + _TOKENS_AFTER_SLOT + scored
+    tokens = config.search.trigger_length + TOKENS_AFTER_SLOT + scored
     num_contexts = len(config.contexts.search)
     contexts = min(config.search.contexts_per_step, num_contexts)
     return SearchLoad(
@@ -143,7 +144,7 @@ def _published_plan(config: RunConfig) -> MemoryPlan | None:
         num_kv_heads=m.num_kv_heads or 0,
         head_dim=m.head_dim or 0,
         load=WeightLoad(full_sets=2, dtype=m.dtype, quantization=None if m.quantization == "none" else m.quantization),
-        search=_search_load(config),
+        search=search_load(config),
     )
 
 
@@ -163,7 +164,7 @@ def memory_plan(config: RunConfig, files: Sequence[ModelFiles]) -> MemoryPlan:
         dtype=m.dtype,
         quantization=None if m.quantization == "none" else m.quantization,
     )
-    return plan_memory(model_size(base, allow_code=m.allow_code), load=load, search=_search_load(config))
+    return plan_memory(model_size(base, allow_code=m.allow_code), load=load, search=search_load(config))
 
 
 def _distils(config: RunConfig) -> bool:
