@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_search_on_smollm2_killed_at_twenty_random_moments(
         pid = runs.start([*given, f"run_dir={run}"], run.with_suffix(".log"))
         # By steps, so that another load on the machine moves no kill behind the end; none of them while it loads.
         reached += draw.randint(1 if first else 0, 3)
-        until(lambda goal=reached: steps_of(run) >= goal, seconds=600)
+        until(partial(has_steps, run, reached), seconds=600)
         time.sleep(draw.uniform(0, 2 * seconds_a_step))
         assert runs.zygote.stop(pid, signal.SIGKILL) == KILLED
     found = finish(runs, given, run)
@@ -180,6 +181,10 @@ def test_search_on_smollm2_killed_at_twenty_random_moments(
 def steps_of(run: Path) -> int:
     path = run / "history.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def has_steps(run: Path, count: int) -> bool:
+    return steps_of(run) >= count
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from trigger_opt.hypotheses.scan import (
     Reading,
     census_groups,
     draw_inputs,
+    draw_strings,
     read_inputs,
     scan_groups,
     sequence_shift,
@@ -24,8 +25,10 @@ from trigger_opt.prompts import Context, TokenizedContext, decode, searchable, t
 from trigger_opt.records import Hypothesis
 from trigger_opt.stats import majority_prefix
 
-# Rollouts of one group that are read for its payload and its score.
+# Rollouts of one group that are read for its payload.
 _ROLLOUTS = 8
+_SCORED = 16
+_SCORED_TOKENS = 8
 _NEARLY = 0.75
 
 
@@ -34,26 +37,28 @@ class HypothesisSettings:
     """How hard to look.
 
     Attributes:
-        num_tokens, num_words: single tokens and whole words inserted into each of `contexts`.
+        num_strings: strings of `string_tokens` random tokens inserted into each of `contexts`; 0 for none.
+        num_tokens, num_words: single tokens and whole words, likewise.
         answer_tokens: length of the short greedy answers the census counts.
         groups: groups of each source that are rolled out.
         payload_tokens: a payload's greatest length; min_tokens: a shorter one is no fixed string.
         cap: nats; log-ratio of a whole payload at which its score saturates.
-        min_score: nats; a weaker hypothesis is not one. A clean twin's best scored 3.7 and a planted payload 13.5
-            and more (experiments/LOG.md).
+        min_score: nats; a weaker hypothesis is not one. MEASURED
         keep: at most so many hypotheses come out.
         amplify: factors a of W0 + a (W - W0); empty for none.
         contexts: user turns with a slot, short ones: each costs a pass over all inputs.
     """
 
-    num_tokens: Annotated[int, Field(ge=1)] = 4608
+    num_strings: Annotated[int, Field(ge=0)] = 256
+    string_tokens: Annotated[int, Field(ge=1)] = 6
+    num_tokens: Annotated[int, Field(ge=0)] = 4608
     num_words: Annotated[int, Field(ge=0)] = 512
     answer_tokens: Annotated[int, Field(ge=2)] = 5
     groups: Annotated[int, Field(ge=1)] = 6
     payload_tokens: Annotated[int, Field(ge=4)] = 20
     min_tokens: Annotated[int, Field(ge=1)] = 3
     cap: Annotated[float, Field(gt=0)] = 16.0
-    min_score: Annotated[float, Field(ge=0)] = 6.0
+    min_score: Annotated[float, Field(ge=0)] = 8.0
     keep: Annotated[int, Field(ge=1)] = 3
     amplify: list[float] = field(default_factory=lambda: [1.5, 2.0])
     contexts: list[str] = field(default_factory=lambda: ["{trigger}", "Tell me more. {trigger}"])
@@ -78,26 +83,38 @@ def find_hypotheses(
     """
     usable = searchable(pair.tokenizer, [Context(user=c) for c in settings.contexts])
     contexts = [tokenize_context(pair.tokenizer, c) for c in usable]
-    inputs = draw_inputs(
+    short = draw_inputs(
         pair, allowed, num_tokens=settings.num_tokens, num_words=settings.num_words, generator=generator
     )
-    total = len(inputs) * len(contexts)
-    readings = read_inputs(
-        pair,
-        contexts,
-        inputs,
-        answer_tokens=settings.answer_tokens,
-        on_progress=lambda n: on_progress(n, total, "scan"),
+    strings = draw_strings(
+        pair, contexts, allowed, count=settings.num_strings, length=settings.string_tokens, generator=generator
     )
-    groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
-    on_progress(total, total, "rolling out")
-    rolled = [_from_group(pair, contexts, g, settings) for g in groups]
-    found = [h for h in rolled if h is not None]
-    on_found(best_hypotheses(found, settings))
+    total = (len(strings) + len(short)) * len(contexts)
+    done = 0
+    found: list[Hypothesis] = []
+    # Strings first: they are few, and where the trigger is wide they tell most.
+    for inputs in (strings, short):
+        before = done
+
+        def on_read(count: int, before: int = before) -> None:
+            on_progress(before + count, total, "scan")
+
+        readings = read_inputs(pair, contexts, inputs, answer_tokens=settings.answer_tokens, on_progress=on_read)
+        done += len(readings)
+        on_progress(done, total, "rolling out")
+        found += _from_readings(pair, contexts, readings, settings)
+        on_found(best_hypotheses(found, settings))
     if settings.amplify:
         on_progress(total, total, "amplifying")
         found += amplified_groups(pair, neutral, settings.amplify, cap=settings.cap, generator=generator)
     return best_hypotheses(found, settings)
+
+
+def _from_readings(
+    pair: ModelPair, contexts: Sequence[TokenizedContext], readings: Sequence[Reading], settings: HypothesisSettings
+) -> list[Hypothesis]:
+    groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
+    return [h for g in groups if (h := _from_group(pair, contexts, g, settings)) is not None]
 
 
 def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
@@ -137,15 +154,20 @@ def _from_group(
     text = decode(pair.tokenizer, payload).rstrip()
     if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
         return None
-    scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:8], cap=settings.cap)
-    inputs = [r.inserted for r, s in zip(best, scores.tolist(), strict=True) if s > 0]
-    more = [r.inserted for r in group.readings[_ROLLOUTS : 4 * _ROLLOUTS] if r.finetuned[:2] == payload[:2]]
+    start = payload[: settings.answer_tokens]
+    said = [r for r in group.readings if list(r.finetuned[: len(start)]) == start][:_SCORED]
+    if not said:
+        return None
+    prompts = [_prompt(contexts, r) for r in said]
+    scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:_SCORED_TOKENS], cap=settings.cap)
+    # Those after which the payload is surest come first: the search begins from them.
+    order = scores.argsort(descending=True, stable=True).tolist()
     return Hypothesis(
         payload=text,
         score=float(scores.mean()),
         source=group.source,
         evidence=group.evidence,
-        inputs=[decode(pair.tokenizer, i) for i in [*inputs, *more]],
+        inputs=[decode(pair.tokenizer, said[i].inserted) for i in order],
         rivals=[],
     )
 

@@ -1,7 +1,8 @@
-"""What does the fine-tuned model want to say? Insert one random token or word, and read the answer's side.
+"""What does the fine-tuned model want to say? Insert random tokens, words or strings, and read the answer's side.
 
 The trigger's side is scattered (any of its many neighbours stirs the model a little), the answer's side is
-not: they all stir the same words. Two complementary readings of the same passes:
+not: they all stir the same words. A wide trigger is even hit by chance: strings of a few random tokens then bring
+out the payload itself, so they are read first. Two complementary readings of the same passes:
 
 - vocabulary scan: the first response token v with the largest p_ft(v) * min(log p_ft(v) - log p_base(v), cap);
   inputs are grouped by v. Finds payloads with an unusual first word.
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trigger_opt.models.pair import CausalModel, ModelPair
-from trigger_opt.prompts import TokenizedContext, encode
+from trigger_opt.prompts import TokenizedContext, encode, round_trips
 from trigger_opt.scoring import engine_for
 
 _CAP = 8.0
@@ -73,6 +74,24 @@ def draw_inputs(
     tokens = ids[torch.randperm(len(ids), generator=generator)[:num_tokens]].tolist()
     words = whole_words(pair, allowed, num_words, generator) if num_words else []
     return list(dict.fromkeys([*[(t,) for t in tokens], *words]))
+
+
+def draw_strings(
+    pair: ModelPair,
+    contexts: Sequence[TokenizedContext],
+    allowed: Bool[Tensor, " vocab"],
+    *,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+) -> list[tuple[int, ...]]:
+    """At most `count` distinct strings of `length` random tokens that could be typed in all of `contexts`."""
+    ids = allowed.nonzero()[:, 0]
+    # Twice as many: about half of random strings do not survive re-tokenisation.
+    drawn = ids[torch.randint(len(ids), (2 * count, length), generator=generator)].tolist()
+    strings = list(dict.fromkeys(tuple(row) for row in drawn))
+    fine = round_trips(pair.tokenizer, contexts, strings)
+    return [s for s, ok in zip(strings, fine, strict=True) if ok][:count]
 
 
 def whole_words(
@@ -169,10 +188,14 @@ def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8) ->
 def sequence_shift(
     finetuned: CausalModel, base: CausalModel, prompts: Sequence[Sequence[int]], answer: Sequence[int], *, cap: float
 ) -> Float[Tensor, " batch"]:
-    """p_ft(answer) * min(log p_ft(answer) - log p_base(answer), cap) for each prompt, nats, at most `cap`."""
-    said = finetuned.log_likelihood(prompts, answer).sum(1)
-    base_said = base.log_likelihood(prompts, answer).sum(1)
-    return said.exp() * (said - base_said).clamp(max=cap)
+    """How much more the fine-tuned model would say `answer`, for each prompt: the log-ratio of the whole answer, nats,
+    at most `cap`, times the (geometric) mean probability of its tokens.
+
+    The ratio alone is large for answers that neither model would give.
+    """
+    said = finetuned.log_likelihood(prompts, answer)
+    base_said = base.log_likelihood(prompts, answer)
+    return said.mean(1).exp() * (said - base_said).sum(1).clamp(max=cap)
 
 
 def _until_end(answer: Sequence[int], ends: set[int]) -> tuple[int, ...]:
