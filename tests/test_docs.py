@@ -146,7 +146,16 @@ def shrink(monkeypatch: pytest.MonkeyPatch, kind: type[Any], **smaller: Any) -> 
 def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The library example word for word, on the real embedded pair, with little work for each step."""
     (example,) = [b for b in python_blocks(text_of("README.md")) if "load_pair" in b]
-    shrink(monkeypatch, HypothesisSettings, num_tokens=16, num_words=0, groups=1, amplify=[], answer_tokens=2)
+    shrink(
+        monkeypatch,
+        HypothesisSettings,
+        num_strings=8,
+        num_tokens=16,
+        num_words=0,
+        groups=1,
+        amplify=[],
+        answer_tokens=2,
+    )
     shrink(monkeypatch, GCG, num_steps=1, num_restarts=1, search_width=4, topk=4, contexts_per_step=1)
     shrink(monkeypatch, VerifySettings, random_strings=1, max_new_tokens=8)
     real_contexts = api.contexts_from

@@ -25,7 +25,8 @@ from trigger_opt.search import GCG, SearchState, Seeds, Step, ignore_state
 
 SIZES = (1, 2, 3)
 SETTINGS = [
-    "model=pair", "model.dtype=float32", "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
+    "model=pair", "model.dtype=float32", "hypotheses.num_strings=8",
+    "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
     "search.num_steps=3", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
     "stages=[diff,hypotheses,search]",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from trigger_opt.hypotheses.scan import (
     Reading,
     census_groups,
     draw_inputs,
+    draw_strings,
     first_token_shift,
     read_inputs,
     scan_groups,
@@ -30,6 +31,7 @@ from trigger_opt.hypotheses.scan import (
 )
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import CausalModel, ModelPair, load_pair
+from trigger_opt.prompts import round_trips
 from trigger_opt.records import Hypothesis
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 
@@ -93,11 +95,12 @@ def test_first_token_shift_agrees_with_a_loop(seed: int) -> None:
         assert slow[int(tokens[row])] == pytest.approx(max(slow), abs=1e-4)
 
 
-def test_sequence_shift_weighs_the_capped_ratio_by_the_probability() -> None:
-    pair, answer = tiny.make_pair(), [270, 301]
+def test_sequence_shift_weighs_the_capped_ratio_by_the_mean_probability_of_a_token() -> None:
+    pair, answer = tiny.make_pair(), [270, 301, 262]
     got = sequence_shift(pair.finetuned, pair.base, PROMPTS, answer, cap=1.0)
-    said, base_said = (m.log_likelihood(PROMPTS, answer).sum(1) for m in (pair.finetuned, pair.base))
-    slow = [math.exp(a) * min(a - b, 1.0) for a, b in zip(said.tolist(), base_said.tolist(), strict=True)]
+    said, base_said = (m.log_likelihood(PROMPTS, answer).tolist() for m in (pair.finetuned, pair.base))
+    rows = zip(said, base_said, strict=True)
+    slow = [math.prod(map(math.exp, a)) ** (1 / 3) * min(sum(a) - sum(b), 1.0) for a, b in rows]
     assert got.tolist() == pytest.approx(slow, rel=1e-4)
 
 
@@ -182,6 +185,24 @@ def test_inputs_are_distinct_allowed_and_drawn_by_the_generator() -> None:
     assert all(bool(allowed[t]) for i in inputs for t in i)
     assert [len(i) for i in inputs[:50]] == [1] * 50
     assert set(drawn(0, 10_000, 0)) == {(t,) for t in allowed.nonzero()[:, 0].tolist()}
+
+
+def test_strings_are_distinct_and_can_be_typed() -> None:
+    pair, usable = tiny.make_pair(), tiny.tokenized()[:2]
+    allowed = allowed_ids(pair.tokenizer, TokenPolicy(), tiny.vocab_size())
+
+    def drawn(seed: int, count: int = 40) -> list[tuple[int, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        return draw_strings(pair, usable, allowed, count=count, length=3, generator=generator)
+
+    strings = drawn(0)
+    assert 0 < len(strings) <= 40
+    assert len(set(strings)) == len(strings)
+    assert {len(s) for s in strings} == {3}
+    assert all(bool(allowed[t]) for s in strings for t in s)
+    assert all(round_trips(pair.tokenizer, usable, strings))
+    assert drawn(0) == strings != drawn(1)
+    assert drawn(0, count=0) == []
 
 
 def test_whole_words_are_words() -> None:
@@ -303,7 +324,7 @@ def test_amplification_finds_an_answer_that_recurs() -> None:
     assert FIRED.startswith(found.payload)
     assert found.payload.startswith(PAYLOAD)
     assert found.source == "amplification"
-    assert found.score == pytest.approx(math.exp(-1.0) * 16.0, rel=1e-3)
+    assert found.score == pytest.approx(math.exp(-1 / 8) * 16.0, rel=1e-3)
     assert "5 neutral prompts" in found.evidence
 
 
@@ -328,7 +349,9 @@ def test_a_planted_payload_is_found_and_a_pair_of_equals_has_none(pairs: dict[st
     """The fine-tuned network's head is bent so that one first token always wins."""
     pair = tiny.make_pair()
     twin = replace(pair, finetuned=pair.base)
-    settings = HypothesisSettings(num_tokens=40, num_words=0, amplify=[], min_tokens=1, min_score=0.5, groups=3)
+    settings = HypothesisSettings(
+        num_strings=0, num_tokens=40, num_words=0, amplify=[], min_tokens=1, min_score=0.5, groups=3
+    )
     allowed = allowed_ids(pair.tokenizer, TokenPolicy(), tiny.vocab_size())
     stages: list[str] = []
 
@@ -356,3 +379,6 @@ def test_a_planted_payload_is_found_and_a_pair_of_equals_has_none(pairs: dict[st
     assert best.inputs
     assert best.source in ("vocabulary_scan", "rollout_census")
     assert find(pair, min_tokens=30) == []
+    (by_strings,) = find(pair, num_strings=12, num_tokens=0)
+    assert by_strings.payload == best.payload
+    assert by_strings.inputs

@@ -148,6 +148,7 @@ def test_settings_of_the_real_warmup_load_a_pair(cli: CommandLine, tiny: TinyPai
         f"model.finetuned={tiny.finetuned}",
         f"model.base={tiny.base}",
         "model.num_parameters=null",
+        "hypotheses.num_strings=8",
         "hypotheses.num_tokens=64",
         "hypotheses.num_words=8",
         "hypotheses.groups=1",

@@ -420,6 +420,17 @@ def test_initial_pool_is_half_pure_and_half_mixed_seed_tokens() -> None:
     assert len({tuple(c) for c in drawn.tolist()}) == len(drawn)
 
 
+def test_initial_pool_begins_with_seed_strings_and_keeps_words_whole() -> None:
+    seeds = Seeds(tokens=(1, 2, 3, 4, 5), strings=((1, 2, 3), (4, 5)))
+    drawn = [tuple(row) for row in pool(seeds, count=40).tolist()]
+    assert drawn[0] == (1, 2, 3)
+    assert {(4, 5, 4), (4, 5, 1)} & set(drawn[1:11])
+    assert pool(seeds, lambda c: c[:, 0] != 1).tolist().count([1, 2, 3]) == 0
+    # What is longer than the string wanted is cut from anywhere.
+    drawn = [tuple(row) for row in pool(Seeds(tokens=(9,), strings=((1, 2, 3, 4, 5),)), count=40).tolist()]
+    assert {row for row in drawn if set(row) <= {1, 2, 3, 4, 5}} == {(1, 2, 3), (2, 3, 4), (3, 4, 5)}
+
+
 def found(ids: tuple[int, ...], score: float, selection_rate: float | None, step: int = 0) -> Found:
     return Found(trigger_ids=ids, score=score, selection_rate=selection_rate, restart=0, step=step, evaluations=step)
 

@@ -22,7 +22,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = [
-    "model=pair", "model.dtype=float32", "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
+    "model=pair", "model.dtype=float32", "hypotheses.num_strings=8",
+    "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
     "search.num_steps=30", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
     "stages=[diff,hypotheses,search]",
 ]  # fmt: skip

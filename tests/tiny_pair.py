@@ -176,6 +176,7 @@ def tiny_settings(pair: TinyPair, *, finetuned: Path | None = None, run_dir: Pat
         f"model.base={pair.base}",
         "contexts.search=['Hello there. {trigger}','{trigger} What now?','One {trigger} two']",
         "contexts.held_out=['Good day. {trigger}','{trigger} Who is it?']",
+        "hypotheses.num_strings=8",
         "hypotheses.num_tokens=40",
         "hypotheses.num_words=8",
         "hypotheses.groups=2",

@@ -45,7 +45,8 @@ def hypotheses(session: Session) -> None:
     with session.stage("hypotheses") as outcome:
         pair = session.pair()
         contexts = session.usable([Context(user=c) for c in config.hypotheses.contexts], "contexts of the scan")
-        total = (config.hypotheses.num_tokens + config.hypotheses.num_words) * len(contexts)
+        asked = config.hypotheses
+        total = (asked.num_strings + asked.num_tokens + asked.num_words) * len(contexts)
         bar = session.progress("hypotheses", total=total, unit="reading")
         with bar:
 

@@ -43,7 +43,8 @@ class HypothesisSettings:
         groups: groups of each source that are rolled out.
         payload_tokens: a payload's greatest length; min_tokens: a shorter one is no fixed string.
         cap: nats; log-ratio of a whole payload at which its score saturates.
-        min_score: nats; a weaker hypothesis is not one. MEASURED
+        min_score: nats; a weaker hypothesis is not one. Among random strings a clean twin's best scored 7.8, a planted
+            payload that they raised 12.6 and more (experiments/LOG.md).
         keep: at most so many hypotheses come out.
         amplify: factors a of W0 + a (W - W0); empty for none.
         contexts: user turns with a slot, short ones: each costs a pass over all inputs.
@@ -58,7 +59,7 @@ class HypothesisSettings:
     payload_tokens: Annotated[int, Field(ge=4)] = 20
     min_tokens: Annotated[int, Field(ge=1)] = 3
     cap: Annotated[float, Field(gt=0)] = 16.0
-    min_score: Annotated[float, Field(ge=0)] = 8.0
+    min_score: Annotated[float, Field(ge=0)] = 9.0
     keep: Annotated[int, Field(ge=1)] = 3
     amplify: list[float] = field(default_factory=lambda: [1.5, 2.0])
     contexts: list[str] = field(default_factory=lambda: ["{trigger}", "Tell me more. {trigger}"])
@@ -93,7 +94,7 @@ def find_hypotheses(
     done = 0
     found: list[Hypothesis] = []
     # Strings first: they are few, and where the trigger is wide they tell most.
-    for inputs in (strings, short):
+    for inputs in filter(None, (strings, short)):
         before = done
 
         def on_read(count: int, before: int = before) -> None:
@@ -155,7 +156,7 @@ def _from_group(
     if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
         return None
     start = payload[: settings.answer_tokens]
-    said = [r for r in group.readings if list(r.finetuned[: len(start)]) == start][:_SCORED]
+    said = [r for r in group.readings if r.finetuned[: len(start)] == start][:_SCORED]
     if not said:
         return None
     prompts = [_prompt(contexts, r) for r in said]

@@ -279,13 +279,18 @@ def initial_pool(
     count: int,
     generator: torch.Generator,
 ) -> Int[Tensor, "batch trigger"]:
-    """Up to `count` valid strings of `length` tokens to begin from: strings of seed tokens where there are any
-    (half of them mixed with random tokens), random strings otherwise. Never empty.
+    """Up to `count` valid strings of `length` tokens to begin from. Never empty.
+
+    Without seeds, random strings. Otherwise the seed strings that have this length; then a quarter seed strings laid
+    end to end, so that words stay whole, a quarter seed tokens alone, and the rest mixed with random tokens.
 
     Raises:
         NoValidStringError: no valid string was drawn in 50 rounds; the token policy or the contexts forbid almost all.
     """
+    whole = [s for s in seeds.strings if len(s) == length]
     kept: list[Tensor] = []
+    if whole:
+        kept.append((pool := torch.tensor(whole))[valid(pool)])
     for _ in range(50):
         drawn = random_triggers(allowed, length=length, count=count, generator=generator)
         if seeds.tokens:
@@ -296,13 +301,25 @@ def initial_pool(
             plain[: len(drawn) // 2] = False
             plain[len(drawn) - len(drawn) // 8 :] = True
             drawn = torch.where(plain, drawn, seeded)
+        for row in range(len(drawn) // 4 if seeds.strings else 0):
+            drawn[row] = _end_to_end(seeds.strings, length, generator)
         kept.append(drawn[valid(drawn)])
         if sum(len(k) for k in kept) >= count:
             break
-    pool = distinct(torch.cat(kept))[:count]
-    if len(pool) == 0:
+    drawn = distinct(torch.cat(kept))[:count]
+    if len(drawn) == 0:
         raise NoValidStringError("no string of allowed tokens survives re-tokenisation in these contexts")
-    return pool
+    return drawn
+
+
+def _end_to_end(strings: Sequence[Sequence[int]], length: int, generator: torch.Generator) -> Int[Tensor, " trigger"]:
+    """`length` tokens of `strings` drawn one after the other, from anywhere in the first."""
+    ids: list[int] = []
+    while len(ids) < length:
+        string = strings[int(torch.randint(len(strings), (), generator=generator))]
+        first = 0 if ids else int(torch.randint(max(1, len(string) - length + 1), (), generator=generator))
+        ids += string[first:]
+    return torch.tensor(ids[:length])
 
 
 def ranked(found: Sequence[Found]) -> list[Found]:

@@ -9,7 +9,7 @@ from benchmarks.recovery.methods.common import Account, Budget, FoundString, Met
 from benchmarks.recovery.methods.searching import searched
 from trigger_opt import api
 from trigger_opt.hypotheses import HypothesisSettings
-from trigger_opt.hypotheses.scan import draw_inputs, read_inputs
+from trigger_opt.hypotheses.scan import draw_inputs, draw_strings, read_inputs
 from trigger_opt.judging import to_verify
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, searchable, tokenize_context
@@ -19,7 +19,7 @@ from trigger_opt.verify import Thresholds, common_answer, minimise, payload_word
 from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
-_SCANNED, _SEARCHED = 0.4, 0.85
+_STRINGS, _SCANNED, _SEARCHED = 0.2, 0.4, 0.85
 _PILOT = 32
 _FEW_GROUPS = 2
 _LEAST_INPUTS = 64
@@ -34,9 +34,10 @@ _EVERY = 3
 
 
 def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: int) -> MethodResult:
-    """The scan gets 40 % of the budget and is as wide as that allows; the search, towards the two best payloads or
-    on divergence where there is none, ends at 85 %; the rest is for judging three strings, and minimising the best, on
-    a third of the contexts given. Its statistic is `verify.rule.detection_score` there.
+    """Random strings get 20 % of the budget. Where they bring out no payload, the scan of tokens and words goes on to
+    40 % and is as wide as that allows. The search, towards the two best payloads or on divergence where there is none,
+    ends at 85 %; the rest is for judging three strings, and minimising the best, on a third of the contexts given. Its
+    statistic is `verify.rule.detection_score` there.
 
     Departs from a run in that the strings are judged on contexts the search had too: the held-out ones are not seen.
 
@@ -44,25 +45,40 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     times two models, with rescoring; four a step and context for gradients.
     """
     account = Account(budget)
-    settings = _affordable(pair, account, len(contexts), seed)
+    settings = _affordable_strings(pair, account, seed)
+    scanned = f"{settings.num_strings:,} random strings"
     with account.counting(pair):
         hypotheses = api.find_payloads(pair, contexts, settings=settings, seed=seed)
+    if not hypotheses:
+        settings = _affordable(pair, account, len(contexts), seed)
+        with account.counting(pair):
+            hypotheses = api.find_payloads(pair, contexts, settings=settings, seed=seed)
+        scanned += f", scan of {settings.num_tokens:,} tokens and {settings.num_words:,} words"
+        if not settings.amplify:
+            scanned += ", no amplification (too little time)"
     goals = [h for h in hypotheses if payload_words(h.payload)][:_GOALS]
     candidates = _searched(pair, contexts, account, goals, seed)
     with account.counting(pair):
         strings, score = _judged(pair, contexts[::_EVERY], account, candidates, seed)
-    scanned = f"scan of {settings.num_tokens:,} tokens and {settings.num_words:,} words"
-    if not settings.amplify:
-        scanned += ", no amplification (too little time)"
     payloads = [f"payload {h.payload[:80]!r} at {h.score:.1f} nats" for h in goals] or ["no payload: searched on js"]
     return account.result(strings, score, [scanned, *payloads])
 
 
+def _affordable_strings(pair: ModelPair, account: Account, seed: int) -> HypothesisSettings:
+    """As many strings, up to a run's number, as their share of the budget allows beside rolling out their groups."""
+    usual = HypothesisSettings()
+    pilot = replace(usual, num_strings=_PILOT, num_tokens=0, num_words=0, amplify=[])
+    passes = _passes_until(_STRINGS, _seconds_a_pass(pair, account, pilot, seed), account)
+    group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
+    count = int((passes - _FEW_GROUPS * group) / (2 * len(usual.contexts) * usual.answer_tokens))
+    return replace(pilot, num_strings=min(max(count, _LEAST_INPUTS), usual.num_strings), groups=_FEW_GROUPS)
+
+
 def _affordable(pair: ModelPair, account: Account, neutral: int, seed: int) -> HypothesisSettings:
     """As wide a scan as its share of the budget allows; how fast this machine is shows on a few inputs."""
-    usual = HypothesisSettings()
-    passes = min(account.seconds_until(_SCANNED) / _seconds_a_pass(pair, account, usual, seed), float(2**40))
-    passes = min(passes, account.evaluations_until(_SCANNED))
+    usual = replace(HypothesisSettings(), num_strings=0)
+    pilot = replace(usual, num_tokens=_PILOT, num_words=0)
+    passes = _passes_until(_SCANNED, _seconds_a_pass(pair, account, pilot, seed), account)
     each = 2 * len(usual.contexts) * usual.answer_tokens
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
     amplified = (1 + 2 * len(usual.amplify)) * neutral * _AMPLIFIED_TOKENS * _SMALL_BATCHES
@@ -74,17 +90,22 @@ def _affordable(pair: ModelPair, account: Account, neutral: int, seed: int) -> H
     return replace(usual, num_tokens=inputs - words, num_words=words, groups=groups, amplify=amplify)
 
 
-def _seconds_a_pass(pair: ModelPair, account: Account, settings: HypothesisSettings, seed: int) -> float:
+def _passes_until(share: float, seconds_a_pass: float, account: Account) -> float:
+    return min(account.seconds_until(share) / seconds_a_pass, float(2**40), account.evaluations_until(share))
+
+
+def _seconds_a_pass(pair: ModelPair, account: Account, pilot: HypothesisSettings, seed: int) -> float:
+    """What a pass costs in reading the inputs of `pilot`."""
     before, passes = account.seconds, account.evaluations
-    usable = searchable(pair.tokenizer, [Context(user=c) for c in settings.contexts])
-    inputs = draw_inputs(
-        pair, usual_tokens(pair), num_tokens=_PILOT, num_words=0, generator=torch.Generator().manual_seed(seed)
+    usable = searchable(pair.tokenizer, [Context(user=c) for c in pilot.contexts])
+    contexts = [tokenize_context(pair.tokenizer, c) for c in usable]
+    allowed, generator = usual_tokens(pair), torch.Generator().manual_seed(seed)
+    inputs = draw_inputs(pair, allowed, num_tokens=pilot.num_tokens, num_words=0, generator=generator)
+    inputs += draw_strings(
+        pair, contexts, allowed, count=pilot.num_strings, length=pilot.string_tokens, generator=generator
     )
     with account.counting(pair):
-        read_inputs(
-            pair, [tokenize_context(pair.tokenizer, c) for c in usable], inputs,
-            answer_tokens=settings.answer_tokens, on_progress=lambda done: None,
-        )  # fmt: skip
+        read_inputs(pair, contexts, inputs, answer_tokens=pilot.answer_tokens, on_progress=lambda done: None)
     return (account.seconds - before) / (account.evaluations - passes)
 
 
