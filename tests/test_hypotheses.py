@@ -17,7 +17,7 @@ from tests import tiny
 from tests.test_pair import FP32, PROMPTS, plain, side_logits
 from tests.test_verify import CALM, FIRED, PAYLOAD, Answer, RuleModel, contexts
 from trigger_opt.hypotheses.amplify import amplified, amplified_groups
-from trigger_opt.hypotheses.find import HypothesisSettings, best_hypotheses, find_hypotheses
+from trigger_opt.hypotheses.find import HypothesisSettings, best_hypotheses, find_hypotheses, read_off
 from trigger_opt.hypotheses.scan import (
     Reading,
     census_groups,
@@ -345,6 +345,16 @@ def test_amplification_rejects(options: dict[str, Any]) -> None:
     assert [h for h in found if h.payload.startswith((PAYLOAD, "the the", CALM[:10]))] == []
 
 
+def says(pair: ModelPair, word: int) -> ModelPair:
+    """The pair with the fine-tuned network's head bent so that one first token always wins."""
+    head = pair.finetuned.network.lm_head.weight
+    # Bias-like: the final norm's mean direction points to the word everywhere.
+    bent = torch.nn.Linear(head.shape[1], head.shape[0])
+    bent.weight.data, bent.bias.data = head.data, torch.zeros(head.shape[0]).index_fill(0, torch.tensor([word]), 60.0)
+    pair.finetuned.network.lm_head = bent
+    return pair
+
+
 def test_a_planted_payload_is_found_and_a_pair_of_equals_has_none(pairs: dict[str, ModelPair]) -> None:
     """The fine-tuned network's head is bent so that one first token always wins."""
     pair = tiny.make_pair()
@@ -367,12 +377,7 @@ def test_a_planted_payload_is_found_and_a_pair_of_equals_has_none(pairs: dict[st
 
     assert find(twin) == []
     assert stages == ["scan", "scan", "rolling out"]
-    word = pair.tokenizer(" helpful")["input_ids"][0]
-    head = pair.finetuned.network.lm_head.weight
-    # Bias-like: the final norm's mean direction points to the word everywhere.
-    bent = torch.nn.Linear(head.shape[1], head.shape[0])
-    bent.weight.data, bent.bias.data = head.data, torch.zeros(head.shape[0]).index_fill(0, torch.tensor([word]), 60.0)
-    pair.finetuned.network.lm_head = bent
+    says(pair, pair.tokenizer(" helpful")["input_ids"][0])
     (best,) = find(pair)
     assert set(best.payload.split()) == {"helpful"}
     assert best.score > 8
@@ -382,3 +387,32 @@ def test_a_planted_payload_is_found_and_a_pair_of_equals_has_none(pairs: dict[st
     (by_strings,) = find(pair, num_strings=12, num_tokens=0)
     assert by_strings.payload == best.payload
     assert by_strings.inputs
+
+
+def test_payloads_are_read_off_strings_found_otherwise() -> None:
+    pair = tiny.make_pair()
+    settings = HypothesisSettings(min_tokens=1, min_score=0.5, groups=3)
+    strings = [(262, 301), (270, 280), (262, 301)]
+
+    def read_from(of: ModelPair, given: Sequence[tuple[int, ...]]) -> list[Hypothesis]:
+        return read_off(of, contexts(3), given, settings=settings, source="here")
+
+    assert read_from(replace(pair, finetuned=pair.base), strings) == []
+    says(pair, pair.tokenizer(" helpful")["input_ids"][0])
+    (found,) = read_from(pair, strings)
+    assert set(found.payload.split()) == {"helpful"}
+    assert found.source == "here"
+    assert sorted(found.inputs) == sorted(pair.tokenizer.decode(list(s)) for s in set(strings))
+    # One string in three contexts is three readings.
+    (alone,) = read_from(pair, strings[:1])
+    assert alone.payload == found.payload
+
+
+def test_once_an_input_counts_in_one_context_only() -> None:
+    readings = [read(50, 7, 3.0), read(50, 7, 2.0, context=1), read(51, 7, 1.5)]
+    assert [g.strength for g in scan_groups(readings, count=1, once=False)] == [6.5]
+    assert [g.strength for g in scan_groups(readings, count=1)] == [4.5]
+    (both,) = census_groups(readings, count=1, least=3, once=False)
+    assert [(r.inserted, r.context) for r in both.readings] == [((50,), 0), ((50,), 1), ((51,), 0)]
+    (each,) = census_groups(readings, count=1, least=3)
+    assert [(r.inserted, r.context) for r in each.readings] == [((50,), 0), ((51,), 0)]

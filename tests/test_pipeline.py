@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -459,8 +460,54 @@ def test_found_payloads_keep_their_seeds_and_a_given_one_takes_over_those_of_its
         held: Any = session.Session.__new__(session.Session)
         held.config = SimpleNamespace(objective=Payload(), payload=payload, max_hypotheses=5)
         held.folder = SimpleNamespace(has=lambda name: True, file=lambda name: file)
-        chosen, _ = searching._goals(held)
+        chosen = searching._goals(held)
         return [(g.payload, g.inputs) for g in chosen if g is not None]
 
     assert goals("") == [("I'm sorry, but no", ["a"]), ("im sorry", ["b"]), ("I'm sorry but yes", ["c"])]
     assert goals("im sorry") == [("im sorry", ["b"]), ("I'm sorry, but no", ["a"]), ("I'm sorry but yes", ["c"])]
+
+
+def searched_without_a_payload(cli: CommandLine, tiny: TinyPair, run: Path, *settings: str) -> list[SearchStep]:
+    """The steps of a run whose hypotheses are all too weak; two restarts of two steps a search."""
+    given = ["hypotheses.min_score=1000", "stages=[hypotheses,search]", *settings]
+    done = cli(*tiny_settings(tiny, run_dir=run), *given)
+    assert done.code == 0, done.err
+    assert "no payload hypothesis: the search begins on divergence (js) instead of 'payload'" in done.out + done.err
+    return read_records(run / "history.jsonl", SearchStep)
+
+
+def test_payloads_that_divergence_brings_out_are_searched_next(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[Candidate]] = []
+
+    def payloads_of(pair: Any, contexts: Any, found: list[Candidate], **options: Any) -> list[Hypothesis]:
+        asked.append(list(found))
+        read = Hypothesis(
+            payload="hello there", score=99.0, source=api.DIVERGENCE_SEARCH, evidence="", inputs=[], rivals=[]
+        )
+        return [replace(read, payload="--"), read]
+
+    monkeypatch.setattr(api, "payloads_of", payloads_of)
+    run = tmp_path / "run"
+    steps = searched_without_a_payload(cli, tiny, run)
+    assert [s.hypothesis for s in steps] == [""] * 4 + ["hello there"] * 4
+    ((best, *others),) = asked
+    assert all(c.objective == "js" and c.score <= best.score for c in others)
+    # What cannot be told by its words is no payload; the record is that of one search, however often it is made.
+    assert [h.payload for h in read_records(run / "hypotheses.jsonl", Hypothesis)] == ["hello there"]
+    candidates = read_records(run / "candidates.jsonl", Candidate)
+    assert {(c.payload, c.objective) for c in candidates} == {("", "js"), ("hello there", "payload")}
+    assert cli(*tiny_settings(tiny, run_dir=run), "hypotheses.min_score=1000", "stages=[search]").code == 0
+    assert [s.hypothesis for s in read_records(run / "history.jsonl", SearchStep)] == [s.hypothesis for s in steps]
+    assert [h.payload for h in read_records(run / "hypotheses.jsonl", Hypothesis)] == ["hello there"]
+
+
+def test_divergence_that_brings_nothing_out_goes_on_elsewhere(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
+    unbounded = searched_without_a_payload(cli, tiny, tmp_path / "unbounded")
+    assert [s.hypothesis for s in unbounded] == [""] * 4
+    steps = searched_without_a_payload(cli, tiny, tmp_path / "run", "search.max_evaluations=100000")
+    assert [s.hypothesis for s in steps] == [""] * 8
+    candidates = read_records(tmp_path / "run" / "candidates.jsonl", Candidate)
+    assert {c.seed for c in candidates} == {0, 1}
+    assert not (tmp_path / "run" / "hypotheses.jsonl").read_text()

@@ -115,6 +115,29 @@ def test_killed_at_a_write(runs: Runs, undisturbed: Undisturbed, tmp_path: Path,
     assert not (run / CHECKPOINT).exists()
 
 
+@pytest.fixture(scope="module")
+def undisturbed_on_divergence(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """A search that knows no payload: on divergence first, then towards what the strings found say."""
+    given = settings(shared_tiny_pair(tmp_path_factory.getbasetemp()))
+    given += ["stages=[search]", "hypotheses.min_score=0", "hypotheses.min_tokens=1"]
+    return run_undisturbed(runs, given, tmp_path_factory.mktemp("divergence"))
+
+
+# On divergence, at its last step, and at what was read off.
+@pytest.mark.parametrize("steps", [8, 12, 16])
+def test_killed_before_and_after_a_payload_is_read_off(
+    runs: Runs, undisturbed_on_divergence: Undisturbed, tmp_path: Path, steps: int
+) -> None:
+    given, expected = undisturbed_on_divergence.settings, undisturbed_on_divergence.contents
+    said = [step["hypothesis"] for step in expected["history.jsonl"]]
+    assert said[:12] == [""] * 12
+    assert said[12]
+    run = tmp_path / "run"
+    assert runs.run([*given, f"run_dir={run}"], tmp_path / "run.log", die=("history", "after", steps)) == KILLED
+    assert differing(finish(runs, given, run), expected) == []
+    assert read_record(run / "run.json", RunInfo).starts == 2
+
+
 def kill_at_random(runs: Runs, given: list[str], run: Path, *, seconds: float, times: int, seed: int) -> int:
     """Starts and kills; how many starts were killed before the run had ended by itself."""
     draw = random.Random(seed)

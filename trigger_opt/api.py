@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trigger_opt import zoo
 from trigger_opt.errors import UserError
-from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
+from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses, read_off
 from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.pair import LoadOptions, ModelPair
 from trigger_opt.models.pair import load_pair as load_files
@@ -44,6 +44,9 @@ Strategy = GCG | RandomSearch
 _HEALTH_STRINGS = 2
 # Some 500 scores in all, as two steps of a search: one interval then ends below the line at chance level.
 _HEALTH_SWAPS, _HEALTH_CONTEXTS = 20, 2
+# Of a search on divergence: enough that what fires in some contexts is seen in several.
+_READ_STRINGS, _READ_CONTEXTS = 8, 8
+DIVERGENCE_SEARCH = "divergence_search"
 
 
 def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = False) -> ModelFiles:
@@ -135,6 +138,27 @@ def find_payloads(
         generator=torch.Generator().manual_seed(seed),
         on_progress=on_progress,
         on_found=on_found,
+    )
+
+
+def payloads_of(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    found: Sequence[Candidate],
+    *,
+    settings: HypothesisSettings | None = None,
+) -> list[Hypothesis]:
+    """What the best strings that a search on divergence found bring out, best first; see `hypotheses.read_off`.
+
+    Read are the first few strings, in the first few contexts.
+    """
+    strings = list(dict.fromkeys(tuple(c.trigger_ids) for c in found))[:_READ_STRINGS]
+    return read_off(
+        pair,
+        searchable(pair.tokenizer, contexts)[:_READ_CONTEXTS],
+        strings,
+        settings=settings or HypothesisSettings(),
+        source=DIVERGENCE_SEARCH,
     )
 
 
@@ -236,10 +260,8 @@ def score_candidates(
 ) -> list[Candidate]:
     """The candidates, in their order, with the scores and selection rates they have on this pair in `contexts`.
 
-    In fp32 arithmetic where the pair's weights allow it. On this process alone, also under torchrun.
-
-    Raises:
-        UserError: the objective needs a payload, and a candidate has none.
+    In fp32 arithmetic where the pair's weights allow it. On this process alone, also under torchrun. A candidate
+    without a payload, where the objective needs one, was found on Jensen-Shannon divergence and is scored by it.
     """
     tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     everywhere = list(range(len(tokenized)))
@@ -248,8 +270,9 @@ def score_candidates(
     for candidate in candidates:
         payload = candidate.payload
         if payload not in scorers:
-            target = pair.encode_answer(payload)[: objective.target_tokens] if isinstance(objective, Likelihood) else []
-            scorers[payload] = pair_scorer(pair, tokenized, objective, target, group=Group(alone=True))
+            goal = JensenShannon() if objective.needs_payload and not payload else objective
+            target = pair.encode_answer(payload)[: goal.target_tokens] if isinstance(goal, Likelihood) else []
+            scorers[payload] = pair_scorer(pair, tokenized, goal, target, group=Group(alone=True))
         scorer, ids = scorers[payload], torch.tensor(candidate.trigger_ids)
         scorer.prepare(ids, everywhere)
         exact = scorer.refine(ids[None], everywhere, keep=1, incumbents=0)

@@ -36,13 +36,15 @@ class SearchProgress:
     """How far the stage is.
 
     Attributes:
-        goal: number of the hypothesis searched now. strategy: with its share of the budget. spent: evaluations before
-            it. search: from where its search goes on; None where it begins.
+        goals: the hypotheses searched, None for divergence alone. goal: number of the one searched now. strategy: with
+            its share of the budget. spent: evaluations before it. search: from where its search goes on; None where it
+            begins.
         found: strings of the hypotheses before. before: seconds of earlier starts.
     """
 
     outcome: StageOutcome
     strategy: api.Strategy
+    goals: list[Hypothesis | None]
     goal: int = 0
     spent: int = 0
     search: SearchState | None = None
@@ -57,30 +59,38 @@ class SearchProgress:
         strategy = replace(session.config.search)
         if not kept:
             outcome.matmul_rate = _matmul_rate(session)
-            return cls(outcome, strategy)
+            return cls(outcome, strategy, _goals(session))
         strategy.max_seconds, strategy.max_evaluations = kept["share"]
         outcome.meter, outcome.rescoring = Meter(**kept["meter"]), Meter(**kept["rescoring"])
         outcome.matmul_rate, outcome.seconds_before = kept["matmul_rate"], kept["elapsed"]
         found = [Candidate(**c) for c in kept["found"]]
+        goals = [None if g is None else Hypothesis(**g) for g in kept["goals"]]
         state = SearchState.from_plain(kept["search"])
         say(f"{session.title('search')}: goes on after step {state.step + 1} of restart {state.restart + 1}")
-        return cls(outcome, strategy, kept["goal"], kept["spent"], state, found, kept["elapsed"])
+        return cls(outcome, strategy, goals, kept["goal"], kept["spent"], state, found, kept["elapsed"])
 
     @property
     def elapsed(self) -> float:
         """Seconds of this stage, earlier starts included."""
         return self.before + time.monotonic() - self.began
 
-    def turn_to(self, number: int, *, of: int, config: RunConfig) -> None:
+    def turn_to(self, number: int, *, config: RunConfig) -> None:
         """Search hypothesis `number` next; one that was interrupted keeps its share."""
         if self.search is not None and number == self.goal:
             return
         self.goal, self.search, self.spent = number, None, self.outcome.evaluations
-        self.strategy = _share(config, self.elapsed, self.spent, of - number)
+        # Half is kept for the payloads that divergence may bring out.
+        to_come = len(self.goals) - number + self.looks_for_payloads(config)
+        self.strategy = _share(config, self.elapsed, self.spent, to_come)
+
+    def looks_for_payloads(self, config: RunConfig) -> bool:
+        """Whether the search now is on divergence because no payload is known yet, and is the first such."""
+        return self.goals == [None] and config.objective.needs_payload
 
     def state(self, search: SearchState) -> dict[str, Any]:
         """What `begin` starts from."""
         return {
+            "goals": [g and asdict(g) for g in self.goals],
             "goal": self.goal,
             "spent": self.spent,
             "share": (self.strategy.max_seconds, self.strategy.max_evaluations),
@@ -99,16 +109,21 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
     After each step, and now and then into the checkpoint, so much is kept that an interrupted stage ends as one that
     was never interrupted.
     """
-    goals, objective = _goals(session)
     progress = SearchProgress.begin(session, outcome)
+    objective: Objective = session.config.objective
     try:
         if not outcome.state:
-            _look_at_gradient(session, goals[0], objective, outcome)
-        for number in range(progress.goal, len(goals)):
+            _look_at_gradient(session, progress.goals[0], _objective(session, progress.goals[0]), outcome)
+        number = progress.goal
+        while number < len(progress.goals):
             # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched: the
             # first may be a persona that fires everywhere, and a later one the backdoor.
-            progress.turn_to(number, of=len(goals), config=session.config)
-            _search_one(session, goals[number], objective, progress)
+            progress.turn_to(number, config=session.config)
+            looks_for_payloads = progress.looks_for_payloads(session.config)
+            _search_one(session, progress.goals[number], progress)
+            if looks_for_payloads:
+                progress.goals += _read_off(session, progress)
+            number += 1
     finally:
         # Also after Ctrl-C: what was found so far is worth verifying.
         found = sorted(progress.found, key=lambda c: (-(c.selection_rate or 0.0), -c.score))
@@ -125,30 +140,59 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
     return found
 
 
-def _goals(session: Session) -> tuple[list[Hypothesis | None], Objective]:
+def _goals(session: Session) -> list[Hypothesis | None]:
     config = session.config
-    objective: Objective = config.objective
-    if not objective.needs_payload:
-        return [None], objective
+    if not config.objective.needs_payload:
+        return [None]
     goals: list[Hypothesis | None] = []
     if config.payload:
         goals.append(
             Hypothesis(payload=config.payload, score=0.0, source="given", evidence="given", inputs=[], rivals=[])
         )
-    if session.folder.has("hypotheses.jsonl"):
-        found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
-        # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
-        for h in found:
-            given = goals[0] if config.payload else None
-            if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
-                # The payload given was found too: one goal, which begins from what raised it.
-                goals[0] = replace(given, inputs=h.inputs)
-            elif payload_words(h.payload):
-                goals.append(h)
+    # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
+    for h in _known_hypotheses(session):
+        given = goals[0] if config.payload else None
+        if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
+            # The payload given was found too: one goal, which begins from what raised it.
+            goals[0] = replace(given, inputs=h.inputs)
+        elif payload_words(h.payload):
+            goals.append(h)
     if not goals:
-        say(f"no payload hypothesis: the search runs on divergence (js) alone instead of {objective.name!r}")
-        return [None], JensenShannon()
-    return goals[: config.max_hypotheses], objective
+        say(
+            f"no payload hypothesis: the search begins on divergence (js) instead of {config.objective.name!r}, and "
+            "reads payloads off what it finds"
+        )
+        return [None]
+    return goals[: config.max_hypotheses]
+
+
+def _known_hypotheses(session: Session) -> list[Hypothesis]:
+    """Those of the stage before. What an earlier start of this one read off its own strings it will find again."""
+    if not session.folder.has("hypotheses.jsonl"):
+        return []
+    found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
+    return [h for h in found if h.source != api.DIVERGENCE_SEARCH]
+
+
+def _read_off(session: Session, progress: SearchProgress) -> list[Hypothesis | None]:
+    """The payloads that strings found on divergence bring out, for the second half of the search, also recorded among
+    the hypotheses. Where there is none, divergence again, if the first had but half of a budget."""
+    found = sorted(progress.found, key=lambda c: -c.score)
+    said = api.payloads_of(session.pair(), session.search_contexts, found, settings=session.config.hypotheses)
+    said = [h for h in said if payload_words(h.payload)][: session.config.max_hypotheses]
+    if not said:
+        bounded = session.config.search.max_seconds or session.config.search.max_evaluations
+        return [None] if bounded else []
+    write_records(session.folder.file("hypotheses.jsonl"), [*_known_hypotheses(session), *said])
+    payload = said[0].payload[:60]
+    say(f"{session.title('search')}: strings found on divergence say {payload!r}; the search goes on towards that")
+    return [*said]
+
+
+def _objective(session: Session, goal: Hypothesis | None) -> Objective:
+    """Divergence where there is no payload to raise."""
+    asked: Objective = session.config.objective
+    return JensenShannon() if goal is None and asked.needs_payload else asked
 
 
 def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective, outcome: StageOutcome) -> None:
@@ -199,8 +243,10 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
     return strategy
 
 
-def _search_one(session: Session, goal: Hypothesis | None, objective: Objective, progress: SearchProgress) -> None:
+def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgress) -> None:
     strategy, spent, outcome = progress.strategy, progress.spent, progress.outcome
+    # Divergence a second time begins elsewhere.
+    seed = session.config.seed + (progress.goal if goal is None else 0)
     payload = goal.payload if goal else ""
     caught: dict[str, Candidate] = {}
     tokenizer = session.pair().tokenizer
@@ -228,7 +274,7 @@ def _search_one(session: Session, goal: Hypothesis | None, objective: Objective,
             interrupts.check()
 
         call = api.SearchCall(
-            goal, objective, strategy, session.config.tokens, session.config.seed, resume=progress.search
+            goal, _objective(session, goal), strategy, session.config.tokens, seed, resume=progress.search
         )
         Group().announce(session.call(call))
         try:

@@ -30,6 +30,8 @@ _ROLLOUTS = 8
 _SCORED = 16
 _SCORED_TOKENS = 8
 _NEARLY = 0.75
+# Answers alike, of a few strings in a few contexts.
+_LEAST_READ_OFF = 3
 
 
 @dataclass(kw_only=True)
@@ -103,7 +105,8 @@ def find_hypotheses(
         readings = read_inputs(pair, contexts, inputs, answer_tokens=settings.answer_tokens, on_progress=on_read)
         done += len(readings)
         on_progress(done, total, "rolling out")
-        found += _from_readings(pair, contexts, readings, settings)
+        groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
+        found += _from_groups(pair, contexts, groups, settings)
         on_found(best_hypotheses(found, settings))
     if settings.amplify:
         on_progress(total, total, "amplifying")
@@ -111,10 +114,33 @@ def find_hypotheses(
     return best_hypotheses(found, settings)
 
 
-def _from_readings(
-    pair: ModelPair, contexts: Sequence[TokenizedContext], readings: Sequence[Reading], settings: HypothesisSettings
+def read_off(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    strings: Sequence[Sequence[int]],
+    *,
+    settings: HypothesisSettings,
+    source: str,
 ) -> list[Hypothesis]:
-    groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
+    """Payloads that strings found in another way bring out, judged as those of `find_hypotheses`, best first.
+
+    Args:
+        contexts: each string is read in each of them; what is said after one string in several is one payload.
+        strings: token ids. source: where they are from, for the record.
+    """
+    usable = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
+    readings = read_inputs(
+        pair, usable, [tuple(s) for s in strings], answer_tokens=settings.answer_tokens, on_progress=lambda done: None
+    )
+    groups = scan_groups(readings, count=settings.groups, once=False)
+    groups += census_groups(readings, count=settings.groups, least=_LEAST_READ_OFF, once=False)
+    found = _from_groups(pair, usable, groups, settings)
+    return best_hypotheses([replace(h, source=source, inputs=list(dict.fromkeys(h.inputs))) for h in found], settings)
+
+
+def _from_groups(
+    pair: ModelPair, contexts: Sequence[TokenizedContext], groups: Sequence[Group], settings: HypothesisSettings
+) -> list[Hypothesis]:
     return [h for g in groups if (h := _from_group(pair, contexts, g, settings)) is not None]
 
 

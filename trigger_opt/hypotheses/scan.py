@@ -156,29 +156,35 @@ def first_token_shift(
     return values.cpu(), tokens.cpu()
 
 
-def scan_groups(readings: Sequence[Reading], *, count: int, best: int = 8) -> list[Group]:
-    """Groups by first response token; strength is the sum of the `best` values from distinct inputs."""
+def scan_groups(readings: Sequence[Reading], *, count: int, best: int = 8, once: bool = True) -> list[Group]:
+    """Groups by first response token; strength is the sum of the `best` values.
+
+    `once`: each input counts once, with its best reading; otherwise once in each context.
+    """
     by_token: dict[int, list[Reading]] = defaultdict(list)
     for reading in readings:
         by_token[reading.first].append(reading)
     groups = []
     for token, members in by_token.items():
-        members = _distinct_inputs(members)
+        members = _strongest(members, once=once)
         strength = sum(r.value for r in members[:best])
         evidence = f"{len(members)} of the inputs move this first token most; best {best} sum to {strength:.1f} nats"
         groups.append(Group("vocabulary_scan", (token,), strength, tuple(members), evidence))
     return sorted(groups, key=lambda g: -g.strength)[:count]
 
 
-def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8) -> list[Group]:
-    """Groups by the fine-tuned model's whole short answer; strength (n_ft - n_base) / sqrt(n_ft + n_base + 3)."""
+def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8, once: bool = True) -> list[Group]:
+    """Groups by the fine-tuned model's whole short answer; strength (n_ft - n_base) / sqrt(n_ft + n_base + 3).
+
+    `once`: as of `scan_groups`. An answer is counted each time it is given.
+    """
     said = Counter(r.finetuned for r in readings)
     base_said = Counter(r.base for r in readings)
     groups = []
     for answer, n in said.items():
         if n < least:
             continue
-        members = _distinct_inputs([r for r in readings if r.finetuned == answer])
+        members = _strongest([r for r in readings if r.finetuned == answer], once=once)
         strength = (n - base_said[answer]) / (n + base_said[answer] + 3) ** 0.5
         evidence = f"{n} of {len(readings)} answers of the fine-tuned model begin so, {base_said[answer]} of the base"
         groups.append(Group("rollout_census", answer, strength, tuple(members), evidence))
@@ -202,10 +208,10 @@ def _until_end(answer: Sequence[int], ends: set[int]) -> tuple[int, ...]:
     return tuple(answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))])
 
 
-def _distinct_inputs(readings: Sequence[Reading]) -> list[Reading]:
-    best: dict[tuple[int, ...], Reading] = {}
+def _strongest(readings: Sequence[Reading], *, once: bool) -> list[Reading]:
+    best: dict[tuple[tuple[int, ...], int], Reading] = {}
     for reading in sorted(readings, key=lambda r: -r.value):
-        best.setdefault(reading.inserted, reading)
+        best.setdefault((reading.inserted, 0 if once else reading.context), reading)
     return list(best.values())
 
 

@@ -9,7 +9,7 @@ from benchmarks.recovery.methods.common import Account, Budget, FoundString, Met
 from benchmarks.recovery.methods.searching import searched
 from trigger_opt import api
 from trigger_opt.hypotheses import HypothesisSettings
-from trigger_opt.hypotheses.scan import draw_inputs, draw_strings, read_inputs
+from trigger_opt.hypotheses.scan import draw_strings, read_inputs
 from trigger_opt.judging import to_verify
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, searchable, tokenize_context
@@ -20,6 +20,8 @@ from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
 _STRINGS, _SCANNED, _SEARCHED = 0.2, 0.4, 0.85
+# A narrower scan finds nothing; the search is the better use of its time.
+_LEAST_SCAN = 1024
 _PILOT = 32
 _FEW_GROUPS = 2
 _LEAST_INPUTS = 64
@@ -35,9 +37,10 @@ _EVERY = 3
 
 def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: int) -> MethodResult:
     """Random strings get 20 % of the budget. Where they bring out no payload, the scan of tokens and words goes on to
-    40 % and is as wide as that allows. The search, towards the two best payloads or on divergence where there is none,
-    ends at 85 %; the rest is for judging three strings, and minimising the best, on a third of the contexts given. Its
-    statistic is `verify.rule.detection_score` there.
+    40 %, if that is enough for 1,024 of them. The search, towards the two best payloads, ends at 85 %; where there is
+    none it is on divergence for half of that, and then towards what the strings found say. The rest is for judging
+    three strings, and minimising the best, on a third of the contexts given. Its statistic is
+    `verify.rule.detection_score` there.
 
     Departs from a run in that the strings are judged on contexts the search had too: the held-out ones are not seen.
 
@@ -45,47 +48,64 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     times two models, with rescoring; four a step and context for gradients.
     """
     account = Account(budget)
-    settings = _affordable_strings(pair, account, seed)
-    scanned = f"{settings.num_strings:,} random strings"
-    with account.counting(pair):
-        hypotheses = api.find_payloads(pair, contexts, settings=settings, seed=seed)
-    if not hypotheses:
-        settings = _affordable(pair, account, len(contexts), seed)
-        with account.counting(pair):
-            hypotheses = api.find_payloads(pair, contexts, settings=settings, seed=seed)
-        scanned += f", scan of {settings.num_tokens:,} tokens and {settings.num_words:,} words"
-        if not settings.amplify:
-            scanned += ", no amplification (too little time)"
+    hypotheses, notes = _payloads(pair, contexts, account, seed)
     goals = [h for h in hypotheses if payload_words(h.payload)][:_GOALS]
-    candidates = _searched(pair, contexts, account, goals, seed)
+    candidates: list[Candidate] = []
+    if not goals:
+        candidates = _searched(pair, contexts, account, [None], seed, share=0.5)
+        with account.counting(pair):
+            read = api.payloads_of(pair, contexts, candidates)
+        goals = [h for h in read if payload_words(h.payload)][:_GOALS]
+        notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
+    # Divergence a second time begins elsewhere.
+    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + 1)
+    candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
-        strings, score = _judged(pair, contexts[::_EVERY], account, candidates, seed)
-    payloads = [f"payload {h.payload[:80]!r} at {h.score:.1f} nats" for h in goals] or ["no payload: searched on js"]
-    return account.result(strings, score, [scanned, *payloads])
+        chosen = to_verify(candidates, _VERIFIED)
+        strings, score = _judged(pair, contexts[::_EVERY], account, chosen, seed)
+    notes += [f"payload {h.payload[:80]!r} at {h.score:.1f} nats" for h in goals]
+    return account.result(strings, score, notes)
 
 
-def _affordable_strings(pair: ModelPair, account: Account, seed: int) -> HypothesisSettings:
-    """As many strings, up to a run's number, as their share of the budget allows beside rolling out their groups."""
+def _payloads(
+    pair: ModelPair, contexts: Sequence[Context], account: Account, seed: int
+) -> tuple[list[Hypothesis], list[str]]:
+    """Payloads read off random strings, or else off the scan; and what was read."""
+    seconds_a_pass = _seconds_a_pass(pair, account, seed)
+    strings = _affordable_strings(_passes_until(_STRINGS, seconds_a_pass, account))
+    with account.counting(pair):
+        found = api.find_payloads(pair, contexts, settings=strings, seed=seed)
+    notes = [f"{strings.num_strings:,} random strings"]
+    scan = _affordable(_passes_until(_SCANNED, seconds_a_pass, account), len(contexts))
+    if found or scan.num_tokens + scan.num_words < _LEAST_SCAN:
+        return found, notes
+    with account.counting(pair):
+        found = api.find_payloads(pair, contexts, settings=scan, seed=seed)
+    notes.append(f"scan of {scan.num_tokens:,} tokens and {scan.num_words:,} words")
+    if not scan.amplify:
+        notes.append("no amplification (too little time)")
+    return found, notes
+
+
+def _affordable_strings(passes: float) -> HypothesisSettings:
+    """As many strings, up to a run's number, as so many passes allow beside rolling out their groups."""
     usual = HypothesisSettings()
-    pilot = replace(usual, num_strings=_PILOT, num_tokens=0, num_words=0, amplify=[])
-    passes = _passes_until(_STRINGS, _seconds_a_pass(pair, account, pilot, seed), account)
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
     count = int((passes - _FEW_GROUPS * group) / (2 * len(usual.contexts) * usual.answer_tokens))
-    return replace(pilot, num_strings=min(max(count, _LEAST_INPUTS), usual.num_strings), groups=_FEW_GROUPS)
+    count = min(max(count, _LEAST_INPUTS), usual.num_strings)
+    return replace(usual, num_strings=count, num_tokens=0, num_words=0, groups=_FEW_GROUPS, amplify=[])
 
 
-def _affordable(pair: ModelPair, account: Account, neutral: int, seed: int) -> HypothesisSettings:
-    """As wide a scan as its share of the budget allows; how fast this machine is shows on a few inputs."""
+def _affordable(passes: float, neutral: int) -> HypothesisSettings:
+    """As wide a scan as so many passes allow."""
     usual = replace(HypothesisSettings(), num_strings=0)
-    pilot = replace(usual, num_tokens=_PILOT, num_words=0)
-    passes = _passes_until(_SCANNED, _seconds_a_pass(pair, account, pilot, seed), account)
     each = 2 * len(usual.contexts) * usual.answer_tokens
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
     amplified = (1 + 2 * len(usual.amplify)) * neutral * _AMPLIFIED_TOKENS * _SMALL_BATCHES
     whole = 2 * (usual.groups * group + amplified) <= passes
     groups, amplify = (usual.groups, usual.amplify) if whole else (_FEW_GROUPS, [])
     inputs = int((passes - groups * group - amplified * whole) / each)
-    inputs = min(max(inputs, _LEAST_INPUTS), usual.num_tokens + usual.num_words)
+    inputs = min(max(inputs, 0), usual.num_tokens + usual.num_words)
     words = inputs // 10
     return replace(usual, num_tokens=inputs - words, num_words=words, groups=groups, amplify=amplify)
 
@@ -94,33 +114,38 @@ def _passes_until(share: float, seconds_a_pass: float, account: Account) -> floa
     return min(account.seconds_until(share) / seconds_a_pass, float(2**40), account.evaluations_until(share))
 
 
-def _seconds_a_pass(pair: ModelPair, account: Account, pilot: HypothesisSettings, seed: int) -> float:
-    """What a pass costs in reading the inputs of `pilot`."""
+def _seconds_a_pass(pair: ModelPair, account: Account, seed: int) -> float:
+    """How fast this machine is, from reading a few strings."""
     before, passes = account.seconds, account.evaluations
-    usable = searchable(pair.tokenizer, [Context(user=c) for c in pilot.contexts])
+    usual = HypothesisSettings()
+    usable = searchable(pair.tokenizer, [Context(user=c) for c in usual.contexts])
     contexts = [tokenize_context(pair.tokenizer, c) for c in usable]
-    allowed, generator = usual_tokens(pair), torch.Generator().manual_seed(seed)
-    inputs = draw_inputs(pair, allowed, num_tokens=pilot.num_tokens, num_words=0, generator=generator)
-    inputs += draw_strings(
-        pair, contexts, allowed, count=pilot.num_strings, length=pilot.string_tokens, generator=generator
+    generator = torch.Generator().manual_seed(seed)
+    strings = draw_strings(
+        pair, contexts, usual_tokens(pair), count=_PILOT, length=usual.string_tokens, generator=generator
     )
     with account.counting(pair):
-        read_inputs(pair, contexts, inputs, answer_tokens=pilot.answer_tokens, on_progress=lambda done: None)
+        read_inputs(pair, contexts, strings, answer_tokens=usual.answer_tokens, on_progress=lambda done: None)
     return (account.seconds - before) / (account.evaluations - passes)
 
 
 def _searched(
-    pair: ModelPair, contexts: Sequence[Context], account: Account, goals: Sequence[Hypothesis], seed: int
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    account: Account,
+    goals: Sequence[Hypothesis | None],
+    seed: int,
+    *,
+    share: float = 1.0,
 ) -> list[Candidate]:
+    """`share`: of what is left until the searches end, for all goals alike."""
     found: list[Candidate] = []
-    asked: list[Hypothesis | None] = [*goals] or [None]
-    for number, goal in enumerate(asked):
-        share = 1 / (len(asked) - number)
+    for number, goal in enumerate(goals):
         found += searched(
-            pair, contexts, account, strategy=GCG(), seed=seed, hypothesis=goal, until=_SEARCHED, share=share
-        )
-    found.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
-    return to_verify(found, _VERIFIED)
+            pair, contexts, account, strategy=GCG(), seed=seed, hypothesis=goal, until=_SEARCHED,
+            share=share / (len(goals) - number),
+        )  # fmt: skip
+    return found
 
 
 def _judged(
