@@ -196,7 +196,7 @@ def test_strings_are_distinct_and_can_be_typed() -> None:
         return draw_strings(pair, usable, allowed, count=count, length=3, generator=generator)
 
     strings = drawn(0)
-    assert 0 < len(strings) <= 40
+    assert len(strings) == 40
     assert len(set(strings)) == len(strings)
     assert {len(s) for s in strings} == {3}
     assert all(bool(allowed[t]) for s in strings for t in s)

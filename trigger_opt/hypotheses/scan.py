@@ -27,6 +27,7 @@ from trigger_opt.scoring import engine_for
 
 _CAP = 8.0
 _BATCH = 256
+_DRAWS = 20
 # How byte-level and sentencepiece vocabularies write the space before a word.
 _SPACES = ("\u0120", "\u2581")
 _WORD_PROMPT = "A list of words:"
@@ -85,13 +86,18 @@ def draw_strings(
     length: int,
     generator: torch.Generator,
 ) -> list[tuple[int, ...]]:
-    """At most `count` distinct strings of `length` random tokens that could be typed in all of `contexts`."""
+    """`count` distinct strings of `length` random tokens that could be typed in all of `contexts`; fewer where such
+    strings are rare."""
     ids = allowed.nonzero()[:, 0]
-    # Twice as many: about half of random strings do not survive re-tokenisation.
-    drawn = ids[torch.randint(len(ids), (2 * count, length), generator=generator)].tolist()
-    strings = list(dict.fromkeys(tuple(row) for row in drawn))
-    fine = round_trips(pair.tokenizer, contexts, strings)
-    return [s for s, ok in zip(strings, fine, strict=True) if ok][:count]
+    strings: dict[tuple[int, ...], None] = {}
+    # Of six random tokens one string in seven survives re-tokenisation.
+    for _ in range(_DRAWS):
+        if len(strings) >= count:
+            break
+        rows = ids[torch.randint(len(ids), (2 * count, length), generator=generator)].tolist()
+        drawn = [tuple(row) for row in rows]
+        strings |= {s: None for s, ok in zip(drawn, round_trips(pair.tokenizer, contexts, drawn), strict=True) if ok}
+    return list(strings)[:count]
 
 
 def whole_words(

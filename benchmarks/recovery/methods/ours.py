@@ -30,6 +30,8 @@ _SMALL_BATCHES = 2
 _ROLLOUTS = 8
 _AMPLIFIED_TOKENS = 16
 _GOALS = 2
+# More than any budget lasts for. One restart: it begins where the payload was seen, and steps are dear.
+_STEPS = 1_000_000
 _VERIFIED = 3
 # Of the contexts given every third judges the strings before they are handed over.
 _EVERY = 3
@@ -42,7 +44,8 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     three strings, and minimising the best, on a third of the contexts given. Its statistic is
     `verify.rule.detection_score` there.
 
-    Departs from a run in that the strings are judged on contexts the search had too: the held-out ones are not seen.
+    Departs from a run in its one restart a search, and in that the strings are judged on contexts the search had too:
+    the held-out ones are not seen.
 
     Evaluations: each token of each answer in scan, rollouts, amplification, judging and minimising; candidates scored,
     times two models, with rescoring; four a step and context for gradients.
@@ -142,7 +145,7 @@ def _searched(
     found: list[Candidate] = []
     for number, goal in enumerate(goals):
         found += searched(
-            pair, contexts, account, strategy=GCG(), seed=seed, hypothesis=goal, until=_SEARCHED,
+            pair, contexts, account, strategy=GCG(num_restarts=1, num_steps=_STEPS), seed=seed, hypothesis=goal, until=_SEARCHED,
             share=share / (len(goals) - number),
         )  # fmt: skip
     return found
