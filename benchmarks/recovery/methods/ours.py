@@ -143,9 +143,10 @@ def _searched(
 ) -> list[Candidate]:
     """`share`: of what is left until the searches end, for all goals alike."""
     found: list[Candidate] = []
+    strategy = GCG(num_restarts=1, num_steps=_STEPS)
     for number, goal in enumerate(goals):
         found += searched(
-            pair, contexts, account, strategy=GCG(num_restarts=1, num_steps=_STEPS), seed=seed, hypothesis=goal, until=_SEARCHED,
+            pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, until=_SEARCHED,
             share=share / (len(goals) - number),
         )  # fmt: skip
     return found
