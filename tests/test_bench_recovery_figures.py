@@ -200,6 +200,17 @@ def test_the_short_page() -> None:
     assert "4 organisms and 4 controls of the zoo, 1 seeds, 60 s and 1,000 evaluations" in short
 
 
+def test_methods_run_at_different_commits_are_told_apart() -> None:
+    cells = made_up()
+    later = replace(cells[-1].made, commit="def5678", started="2026-01-03")
+    assert "Commit abc1234 (leak), def5678 (random);" in results_page(
+        [*cells[:-1], replace(cells[-1], made=later)], NAMES
+    )
+    # Every method at both is no difference between methods.
+    both = [*cells, *(replace(c, made=later) for c in cells)]
+    assert "Commit abc1234, def5678;" in results_page(both, NAMES)
+
+
 def test_cells_of_different_configurations_are_not_mixed() -> None:
     one, *others = made_up()
     with pytest.raises(UserError, match=r"o0\.leak\.0 and o1\.leak\.0 are of different configurations"):

@@ -18,7 +18,8 @@ each generated token one), whichever ends first. Its best strings, by its own sc
 contexts, with the method's payload or with what most answers begin with, by the rule of a run. The best of them is held
 against what was planted, which is read last."""
 _METHODS = """\
-- `trigger_opt`: payload hypotheses, search towards them, own judgement; the defaults of a run.
+- `trigger_opt`: payload hypotheses, search towards them (on divergence first where there is none), own judgement; a
+  run's defaults, but for one restart a search.
 - `gcg_kl`: greedy coordinate gradient on KL(fine-tuned, base) at the first response token, one probe, a suffix of 20
   tokens, as published.
 - `random`: random swaps on Jensen-Shannon divergence, contexts drawn anew each step.
@@ -205,7 +206,12 @@ def _narrow(width: float | None) -> float:
 
 
 def _commits(cells: Sequence[Cell]) -> list[str]:
-    return list(dict.fromkeys(c.made.commit for c in sorted(cells, key=lambda c: c.made.started)))
+    """In order of time; where methods were run at different commits, each with its methods."""
+    by_commit: dict[str, set[str]] = {}
+    for cell in sorted(cells, key=lambda c: c.made.started):
+        by_commit.setdefault(cell.made.commit, set()).add(cell.spec.method)
+    alike = all(methods == set.union(*by_commit.values()) for methods in by_commit.values())
+    return [c if alike else f"{c} ({', '.join(sorted(methods))})" for c, methods in by_commit.items()]
 
 
 def _count(kinds: Mapping[str, bool], *, control: bool) -> int:
