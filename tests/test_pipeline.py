@@ -38,7 +38,7 @@ from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
 # Of a string that fires, of strings that an earlier run refuted, of a search that follows gradients.
-NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json", "rescored.jsonl"}
+NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json", "read_off.jsonl", "rescored.jsonl"}
 WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage] if name not in NOT_ALWAYS]
 
 
@@ -494,13 +494,31 @@ def test_payloads_that_divergence_brings_out_are_searched_next(
     assert [s.hypothesis for s in steps] == [""] * 4 + ["hello there"] * 4
     ((best, *others),) = asked
     assert all(c.objective == "js" and c.score <= best.score for c in others)
-    # What cannot be told by its words is no payload; the record is that of one search, however often it is made.
-    assert [h.payload for h in read_records(run / "hypotheses.jsonl", Hypothesis)] == ["hello there"]
+    # What cannot be told by its words is no payload.
+    assert [h.payload for h in read_records(run / "read_off.jsonl", Hypothesis)] == ["hello there"]
+    assert not (run / "hypotheses.jsonl").read_text()
     candidates = read_records(run / "candidates.jsonl", Candidate)
     assert {(c.payload, c.objective) for c in candidates} == {("", "js"), ("hello there", "payload")}
-    assert cli(*tiny_settings(tiny, run_dir=run), "hypotheses.min_score=1000", "stages=[search]").code == 0
-    assert [s.hypothesis for s in read_records(run / "history.jsonl", SearchStep)] == [s.hypothesis for s in steps]
-    assert [h.payload for h in read_records(run / "hypotheses.jsonl", Hypothesis)] == ["hello there"]
+    # The record is of the search that read it: another one puts it aside.
+    again = cli(*tiny_settings(tiny, run_dir=run), "hypotheses.min_score=1000", "stages=[search]", "payload=hello")
+    assert again.code == 0, again.err
+    assert {s.hypothesis for s in read_records(run / "history.jsonl", SearchStep)} == {"hello"}
+    assert not (run / "read_off.jsonl").exists()
+    assert (run / "read_off.jsonl.old-1").is_file()
+
+
+def test_half_of_a_budget_goes_to_divergence(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Hypothesis(payload="hello there", score=9.0, source="", evidence="", inputs=[], rivals=[])
+    monkeypatch.setattr(api, "payloads_of", lambda *given, **options: [read, replace(read, payload="good day")])
+    settings = ["search.max_evaluations=2000", "search.num_steps=1000", "search.topk=200", "search.stop_rate=2"]
+    steps = searched_without_a_payload(cli, tiny, tmp_path / "run", *settings)
+    last = {s.hypothesis: s.evaluations for s in steps}
+    assert list(last) == ["", "hello there", "good day"]
+    # A step is 24 evaluations, and a look at all contexts 3 more.
+    for spent, share in zip(last.values(), (1000, 1500, 2000), strict=True):
+        assert share <= spent < share + 60
 
 
 def test_divergence_that_brings_nothing_out_goes_on_elsewhere(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
@@ -509,5 +527,9 @@ def test_divergence_that_brings_nothing_out_goes_on_elsewhere(cli: CommandLine, 
     steps = searched_without_a_payload(cli, tiny, tmp_path / "run", "search.max_evaluations=100000")
     assert [s.hypothesis for s in steps] == [""] * 8
     candidates = read_records(tmp_path / "run" / "candidates.jsonl", Candidate)
-    assert {c.seed for c in candidates} == {0, 1}
-    assert not (tmp_path / "run" / "hypotheses.jsonl").read_text()
+    # Two restarts each; what tells the second search's strings apart is their restart.
+    assert {(c.restart, c.seed) for c in candidates} == {(number, 0) for number in range(4)}
+    assert [s.restart for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({s.trigger for s in steps if s.step == 0}) == 4
+    assert [s.seconds for s in steps] == sorted(s.seconds for s in steps)
+    assert not (tmp_path / "run" / "read_off.jsonl").exists()

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
-from trigger_opt import planning, rescoring
+from trigger_opt import api, planning, rescoring
 from trigger_opt.api import load_pair, pair_scorer
 from trigger_opt.models.pair import LoadOptions
-from trigger_opt.objectives import Payload
+from trigger_opt.objectives import JensenShannon, Payload
 from trigger_opt.prompts import Context, tokenize_context
-from trigger_opt.records import Candidate, Rescored, read_records
+from trigger_opt.records import Candidate, Hypothesis, Rescored, read_records
 
 PAYLOAD = "hello there"
 
@@ -21,15 +22,13 @@ def settings(tiny: TinyPair, run: Path, *more: str) -> list[str]:
     return [*tiny_settings(tiny, run_dir=run), f"payload={PAYLOAD}", stages, *[m for m in more if m != stages]]
 
 
-def by_hand(tiny: TinyPair, trigger_ids: list[int]) -> float:
+def by_hand(tiny: TinyPair, trigger_ids: list[int], *, payload: bool = True) -> float:
     """The score on unquantised weights in fp32 arithmetic."""
-    import torch
-
     pair = load_pair(str(tiny.finetuned), base=str(tiny.base), options=LoadOptions(dtype="float32"))
     users = ("Hello there. {trigger}", "{trigger} What now?", "One {trigger} two")
     contexts = [tokenize_context(pair.tokenizer, Context(user=u)) for u in users]
-    target = pair.encode_answer(PAYLOAD)[: Payload().target_tokens]
-    scorer = pair_scorer(pair, contexts, Payload(), target)
+    target = pair.encode_answer(PAYLOAD)[: Payload().target_tokens] if payload else []
+    scorer = pair_scorer(pair, contexts, Payload() if payload else JensenShannon(), target)
     return float(scorer.aggregate(scorer.score(torch.tensor([trigger_ids]), [0, 1, 2]))[0])
 
 
@@ -51,6 +50,23 @@ def test_winners_are_scored_again_without_quantisation(cli: CommandLine, tiny: T
     assert sentence in done.out
     assert sentence in (run / "report.html").read_text()
     assert sentence in (run / "report.md").read_text()
+
+
+def test_strings_found_on_divergence_are_scored_again_by_it(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Hypothesis(payload=PAYLOAD, score=9.0, source="", evidence="", inputs=[], rivals=[])
+    monkeypatch.setattr(api, "payloads_of", lambda *given, **options: [read])
+    run = tmp_path / "run"
+    done = cli(*tiny_settings(tiny, run_dir=run), "stages=[search]", "model.quantization=nf4")
+    assert done.code == 0, done.err
+    records = read_records(run / "rescored.jsonl", Rescored)
+    assert {r.payload for r in records} == {"", PAYLOAD}
+    assert all((r.selection_rate is None) is (not r.payload) for r in records)
+    found = {(c.trigger, c.payload): c for c in read_records(run / "candidates.jsonl", Candidate)}
+    for record in records:
+        ids = found[record.trigger, record.payload].trigger_ids
+        assert record.score == pytest.approx(by_hand(tiny, ids, payload=bool(record.payload)), abs=2e-3)
 
 
 def test_nothing_is_scored_again_without_quantised_weights(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +148,33 @@ def payloads_of(
     found: Sequence[Candidate],
     *,
     settings: HypothesisSettings | None = None,
+    on_read: Callable[[int], None] = lambda done: None,
 ) -> list[Hypothesis]:
     """What the best strings that a search on divergence found bring out, best first; see `hypotheses.read_off`.
 
-    Read are the first few strings, in the first few contexts.
+    Read are a few strings, the best of each restart in turns, in the first few contexts.
+
+    Args:
+        found: best first. on_read: gets the number of readings so far.
     """
-    strings = list(dict.fromkeys(tuple(c.trigger_ids) for c in found))[:_READ_STRINGS]
+    strings = _in_turns(found)[:_READ_STRINGS]
     return read_off(
         pair,
         searchable(pair.tokenizer, contexts)[:_READ_CONTEXTS],
         strings,
         settings=settings or HypothesisSettings(),
         source=DIVERGENCE_SEARCH,
+        on_read=on_read,
     )
+
+
+def _in_turns(found: Sequence[Candidate]) -> list[tuple[int, ...]]:
+    """Distinct strings, one of each restart after the other: those of one restart are neighbours of one string."""
+    by_restart: dict[int, list[tuple[int, ...]]] = {}
+    for candidate in found:
+        by_restart.setdefault(candidate.restart, []).append(tuple(candidate.trigger_ids))
+    rounds = zip_longest(*(dict.fromkeys(strings) for strings in by_restart.values()))
+    return list(dict.fromkeys(s for row in rounds for s in row if s is not None))
 
 
 def find_triggers(

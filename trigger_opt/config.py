@@ -156,7 +156,7 @@ class RunConfig:
         run_dir: an existing run folder to go on in, or a new one; by default a fresh one under runs/.
         payload: a payload you already suspect; searched before any hypothesis found.
         max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds and
-            search.max_evaluations.
+            search.max_evaluations; of half of them where the payloads are read off strings found on divergence.
     """
 
     model: Any

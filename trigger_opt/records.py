@@ -3,6 +3,7 @@
 diff.jsonl          TensorFamilyDiff, one a tensor family
 identity.json       PairIdentity: is this the right base?
 hypotheses.jsonl    Hypothesis, best first
+read_off.jsonl      Hypothesis, best first: what strings found on divergence say, where no payload was known
 candidates.jsonl    Candidate, best first
 gradient.json       GradientHealth: does the search's gradient say anything?
 history.jsonl       SearchStep, one an optimisation step

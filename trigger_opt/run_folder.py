@@ -24,7 +24,14 @@ from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 STAGE_FILES = {
     "diff": ("diff.jsonl",),
     "hypotheses": ("hypotheses.jsonl",),
-    "search": ("candidates.jsonl", "history.jsonl", "gradient.json", "rescored.jsonl", "cost.json"),
+    "search": (
+        "candidates.jsonl",
+        "history.jsonl",
+        "gradient.json",
+        "read_off.jsonl",
+        "rescored.jsonl",
+        "cost.json",
+    ),
     "verify": ("verified.jsonl", "completions.jsonl", "known.jsonl", "ablation.json", "probe.json", "verdict.json"),
     "null": ("null.jsonl", "null.json"),
     "transfer": ("transfer.jsonl", "transfer_answers.jsonl"),

@@ -28,6 +28,8 @@ from trigger_opt.search import GCG, SearchState, Step
 from trigger_opt.session import Session, StageOutcome
 from trigger_opt.verify import payload_words
 
+# Added to the seed of a second search on divergence: no other job of a sweep shall have that one.
+_ELSEWHERE = 1_000_003
 _COLUMNS = ["trigger", "payload", "score", "selection_rate", "restart", "step"]
 
 
@@ -40,6 +42,8 @@ class SearchProgress:
             its share of the budget. spent: evaluations before it. search: from where its search goes on; None where it
             begins.
         found: strings of the hypotheses before. before: seconds of earlier starts.
+        told: seconds of the last step told, counted from the first search towards the same. told_before: of those,
+            what was told before this search.
     """
 
     outcome: StageOutcome
@@ -51,6 +55,8 @@ class SearchProgress:
     found: list[Candidate] = field(default_factory=list)
     before: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    told: float = 0.0
+    told_before: float = 0.0
 
     @classmethod
     def begin(cls, session: Session, outcome: StageOutcome) -> "SearchProgress":
@@ -67,7 +73,9 @@ class SearchProgress:
         goals = [None if g is None else Hypothesis(**g) for g in kept["goals"]]
         state = SearchState.from_plain(kept["search"])
         say(f"{session.title('search')}: goes on after step {state.step + 1} of restart {state.restart + 1}")
-        return cls(outcome, strategy, goals, kept["goal"], kept["spent"], state, found, kept["elapsed"])
+        progress = cls(outcome, strategy, goals, kept["goal"], kept["spent"], state, found, kept["elapsed"])
+        progress.told_before = kept["told_before"]
+        return progress
 
     @property
     def elapsed(self) -> float:
@@ -82,6 +90,12 @@ class SearchProgress:
         # Half is kept for the payloads that divergence may bring out.
         to_come = len(self.goals) - number + self.looks_for_payloads(config)
         self.strategy = _share(config, self.elapsed, self.spent, to_come)
+        self.told_before = self.told if self.again else 0.0
+
+    @property
+    def again(self) -> bool:
+        """Whether this is a second search on divergence."""
+        return self.goal > 0 and self.goals[self.goal] is None
 
     def looks_for_payloads(self, config: RunConfig) -> bool:
         """Whether the search now is on divergence because no payload is known yet, and is the first such."""
@@ -96,6 +110,7 @@ class SearchProgress:
             "share": (self.strategy.max_seconds, self.strategy.max_evaluations),
             "found": [asdict(c) for c in self.found],
             "elapsed": self.elapsed,
+            "told_before": self.told_before,
             "meter": asdict(self.outcome.meter),
             "rescoring": asdict(self.outcome.rescoring),
             "matmul_rate": self.outcome.matmul_rate,
@@ -149,14 +164,16 @@ def _goals(session: Session) -> list[Hypothesis | None]:
         goals.append(
             Hypothesis(payload=config.payload, score=0.0, source="given", evidence="given", inputs=[], rivals=[])
         )
-    # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
-    for h in _known_hypotheses(session):
-        given = goals[0] if config.payload else None
-        if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
-            # The payload given was found too: one goal, which begins from what raised it.
-            goals[0] = replace(given, inputs=h.inputs)
-        elif payload_words(h.payload):
-            goals.append(h)
+    if session.folder.has("hypotheses.jsonl"):
+        found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
+        # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
+        for h in found:
+            given = goals[0] if config.payload else None
+            if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
+                # The payload given was found too: one goal, which begins from what raised it.
+                goals[0] = replace(given, inputs=h.inputs)
+            elif payload_words(h.payload):
+                goals.append(h)
     if not goals:
         say(
             f"no payload hypothesis: the search begins on divergence (js) instead of {config.objective.name!r}, and "
@@ -166,26 +183,22 @@ def _goals(session: Session) -> list[Hypothesis | None]:
     return goals[: config.max_hypotheses]
 
 
-def _known_hypotheses(session: Session) -> list[Hypothesis]:
-    """Those of the stage before. What an earlier start of this one read off its own strings it will find again."""
-    if not session.folder.has("hypotheses.jsonl"):
-        return []
-    found = read_records(session.folder.file("hypotheses.jsonl"), Hypothesis)
-    return [h for h in found if h.source != api.DIVERGENCE_SEARCH]
-
-
 def _read_off(session: Session, progress: SearchProgress) -> list[Hypothesis | None]:
-    """The payloads that strings found on divergence bring out, for the second half of the search, also recorded among
-    the hypotheses. Where there is none, divergence again, if the first had but half of a budget."""
+    """The payloads that strings found on divergence bring out, for the rest of the search, also written into
+    read_off.jsonl. Where there is none, divergence again, if a budget is left for it."""
+    say(f"{session.title('search')}: what the strings found on divergence say is read …")
     found = sorted(progress.found, key=lambda c: -c.score)
-    said = api.payloads_of(session.pair(), session.search_contexts, found, settings=session.config.hypotheses)
+    read: list[int] = [0]
+    said = api.payloads_of(
+        session.pair(), session.search_contexts, found, settings=session.config.hypotheses, on_read=read.append
+    )
+    progress.outcome.evaluations += read[-1]
     said = [h for h in said if payload_words(h.payload)][: session.config.max_hypotheses]
     if not said:
         bounded = session.config.search.max_seconds or session.config.search.max_evaluations
         return [None] if bounded else []
-    write_records(session.folder.file("hypotheses.jsonl"), [*_known_hypotheses(session), *said])
-    payload = said[0].payload[:60]
-    say(f"{session.title('search')}: strings found on divergence say {payload!r}; the search goes on towards that")
+    write_records(session.folder.file("read_off.jsonl"), said)
+    say(f"{session.title('search')}: they say {said[0].payload[:60]!r}; the search goes on towards that")
     return [*said]
 
 
@@ -245,8 +258,13 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
 
 def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgress) -> None:
     strategy, spent, outcome = progress.strategy, progress.spent, progress.outcome
-    # Divergence a second time begins elsewhere.
-    seed = session.config.seed + (progress.goal if goal is None else 0)
+    seed = session.config.seed + (_ELSEWHERE if progress.again else 0)
+
+    def made(candidate: Candidate) -> Candidate:
+        # Drawn elsewhere, but of this run's seed; its restarts follow those of the first search.
+        restart = candidate.restart + (strategy.num_restarts if progress.again and candidate.restart >= 0 else 0)
+        return replace(candidate, seed=session.config.seed, restart=restart)
+
     payload = goal.payload if goal else ""
     caught: dict[str, Candidate] = {}
     tokenizer = session.pair().tokenizer
@@ -262,9 +280,12 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
                 score=step.score,
                 evaluations=step.evaluations,
             )
-            _record_step(session, payload, text, step, spent)
+            progress.told = progress.told_before + step.seconds
+            restart = step.restart + (strategy.num_restarts if progress.again else 0)
+            _record_step(session, payload, text, replace(step, restart=restart, seconds=progress.told), spent)
 
         def catch(candidate: Candidate) -> None:
+            candidate = made(candidate)
             caught[candidate.trigger] = candidate
             outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
 
@@ -279,7 +300,7 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
         Group().announce(session.call(call))
         try:
             with interrupts.deferred():
-                made = call.run(
+                ended = call.run(
                     session.pair(), session.search_contexts, on_step=on_step, on_found=catch, on_cost=outcome.spend,
                     on_state=on_state,
                 )  # fmt: skip
@@ -287,7 +308,7 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
             # Ctrl-C, a full disk: `search_strings` still writes what came up until then.
             progress.found += caught.values()
             raise
-        progress.found += made
+        progress.found += [made(c) for c in ended]
 
 
 def _record_step(session: Session, payload: str, trigger: str, step: Step, spent: int) -> None:

@@ -71,7 +71,7 @@ def hypotheses(session: Session) -> None:
 
 
 def search(session: Session) -> None:
-    """Strings that raise each payload hypothesis; on divergence alone where there is none."""
+    """Strings that raise each payload hypothesis; on divergence first where there is none."""
     with session.stage("search") as outcome:
         found = search_strings(session, outcome)
         outcome.summary = f"{len(found)} strings, best {found[0].trigger!r}" if found else "no string found"

@@ -21,6 +21,7 @@ from trigger_opt.hypotheses.scan import (
     sequence_shift,
 )
 from trigger_opt.models.pair import ModelPair
+from trigger_opt.progress import say
 from trigger_opt.prompts import Context, TokenizedContext, decode, searchable, tokenize_context
 from trigger_opt.records import Hypothesis
 from trigger_opt.stats import majority_prefix
@@ -66,6 +67,10 @@ class HypothesisSettings:
     amplify: list[float] = field(default_factory=lambda: [1.5, 2.0])
     contexts: list[str] = field(default_factory=lambda: ["{trigger}", "Tell me more. {trigger}"])
 
+    def __post_init__(self) -> None:
+        if not (self.num_strings or self.num_tokens or self.num_words or self.amplify):
+            raise ValueError("num_strings, num_tokens, num_words and amplify are all nothing; raise one of them")
+
 
 def find_hypotheses(
     pair: ModelPair,
@@ -92,6 +97,8 @@ def find_hypotheses(
     strings = draw_strings(
         pair, contexts, allowed, count=settings.num_strings, length=settings.string_tokens, generator=generator
     )
+    if len(strings) < settings.num_strings:
+        say(f"{len(strings)} of {settings.num_strings} random strings survive re-tokenisation; the others are left out")
     total = (len(strings) + len(short)) * len(contexts)
     done = 0
     found: list[Hypothesis] = []
@@ -121,16 +128,17 @@ def read_off(
     *,
     settings: HypothesisSettings,
     source: str,
+    on_read: Callable[[int], None] = lambda done: None,
 ) -> list[Hypothesis]:
     """Payloads that strings found in another way bring out, judged as those of `find_hypotheses`, best first.
 
     Args:
         contexts: each string is read in each of them; what is said after one string in several is one payload.
-        strings: token ids. source: where they are from, for the record.
+        strings: token ids. source: where they are from, for the record. on_read: gets the number of readings so far.
     """
     usable = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     readings = read_inputs(
-        pair, usable, [tuple(s) for s in strings], answer_tokens=settings.answer_tokens, on_progress=lambda done: None
+        pair, usable, [tuple(s) for s in strings], answer_tokens=settings.answer_tokens, on_progress=on_read
     )
     groups = scan_groups(readings, count=settings.groups, once=False)
     groups += census_groups(readings, count=settings.groups, least=_LEAST_READ_OFF, once=False)

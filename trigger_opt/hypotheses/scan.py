@@ -174,7 +174,8 @@ def scan_groups(readings: Sequence[Reading], *, count: int, best: int = 8, once:
     for token, members in by_token.items():
         members = _strongest(members, once=once)
         strength = sum(r.value for r in members[:best])
-        evidence = f"{len(members)} of the inputs move this first token most; best {best} sum to {strength:.1f} nats"
+        what = "of the inputs" if once else "readings"
+        evidence = f"{len(members)} {what} move this first token most; best {best} sum to {strength:.1f} nats"
         groups.append(Group("vocabulary_scan", (token,), strength, tuple(members), evidence))
     return sorted(groups, key=lambda g: -g.strength)[:count]
 

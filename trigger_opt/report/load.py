@@ -121,7 +121,7 @@ def load_run(run_dir: Path) -> RunRecords:
         info=_one(run_dir / "run.json", RunInfo),
         identity=_one(run_dir / "identity.json", PairIdentity),
         diff=_all(run_dir / "diff.jsonl", TensorFamilyDiff),
-        hypotheses=_all(run_dir / "hypotheses.jsonl", Hypothesis),
+        hypotheses=_hypotheses(run_dir),
         candidates=_all(run_dir / "candidates.jsonl", Candidate),
         history=_all(run_dir / "history.jsonl", SearchStep),
         verified=None if verified is None else as_held(verified, verdict),
@@ -140,6 +140,12 @@ def load_run(run_dir: Path) -> RunRecords:
         provenance=_all(run_dir / "provenance.jsonl", Provenance),
         collection=_one(run_dir / "collection.json", Collection),
     )
+
+
+def _hypotheses(run_dir: Path) -> list[Hypothesis] | None:
+    """Those of their own stage, then those that a search on divergence brought out; None where neither ran."""
+    found = [_all(run_dir / name, Hypothesis) for name in ("hypotheses.jsonl", "read_off.jsonl")]
+    return None if found == [None, None] else [h for part in found for h in part or []]
 
 
 def _verdict(path: Path) -> Verdict:

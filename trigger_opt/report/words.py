@@ -26,6 +26,7 @@ STAGES = {
     "candidates.jsonl": "search",
     "history.jsonl": "search",
     "gradient.json": "search",
+    "read_off.jsonl": "search",
     "rescored.jsonl": "search",
     "cost.json": "search",
     "verified.jsonl": "verify",

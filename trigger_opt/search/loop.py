@@ -287,10 +287,8 @@ def initial_pool(
     Raises:
         NoValidStringError: no valid string was drawn in 50 rounds; the token policy or the contexts forbid almost all.
     """
-    whole = [s for s in seeds.strings if len(s) == length]
-    kept: list[Tensor] = []
-    if whole:
-        kept.append((pool := torch.tensor(whole))[valid(pool)])
+    pool = torch.tensor([s for s in seeds.strings if len(s) == length], dtype=torch.long).view(-1, length)
+    pool = distinct(pool[valid(pool)]) if len(pool) else pool
     for _ in range(50):
         drawn = random_triggers(allowed, length=length, count=count, generator=generator)
         if seeds.tokens:
@@ -303,13 +301,12 @@ def initial_pool(
             drawn = torch.where(plain, drawn, seeded)
         for row in range(len(drawn) // 4 if seeds.strings else 0):
             drawn[row] = _end_to_end(seeds.strings, length, generator)
-        kept.append(drawn[valid(drawn)])
-        if sum(len(k) for k in kept) >= count:
+        pool = distinct(torch.cat([pool, drawn[valid(drawn)]]))
+        if len(pool) >= count:
             break
-    drawn = distinct(torch.cat(kept))[:count]
-    if len(drawn) == 0:
+    if len(pool) == 0:
         raise NoValidStringError("no string of allowed tokens survives re-tokenisation in these contexts")
-    return drawn
+    return pool[:count]
 
 
 def _end_to_end(strings: Sequence[Sequence[int]], length: int, generator: torch.Generator) -> Int[Tensor, " trigger"]:

@@ -83,8 +83,10 @@ class Strategy(SearchSettings):
         for number in range(first, self.num_restarts):
             if searcher.succeeded:
                 break
+            # Starts are independent: each has whole strings of its own.
+            own = Seeds(tokens=seeds.tokens, strings=seeds.strings[number :: self.num_restarts])
             pool = initial_pool(
-                seeds, allowed, valid, length=self.trigger_length, count=self.search_width, generator=generator
+                own, allowed, valid, length=self.trigger_length, count=self.search_width, generator=generator
             )
             searcher.restart(number, pool, propose, self._share(number))
         return ranked(searcher.found)

@@ -30,6 +30,7 @@ _SMALL_BATCHES = 2
 _ROLLOUTS = 8
 _AMPLIFIED_TOKENS = 16
 _GOALS = 2
+_ELSEWHERE = 1_000_003
 # More than any budget lasts for. One restart: it begins where the payload was seen, and steps are dear.
 _STEPS = 1_000_000
 _VERIFIED = 3
@@ -57,11 +58,13 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     if not goals:
         candidates = _searched(pair, contexts, account, [None], seed, share=0.5)
         with account.counting(pair):
-            read = api.payloads_of(pair, contexts, candidates)
+            read = api.payloads_of(
+                pair, contexts, candidates, settings=replace(HypothesisSettings(), groups=_FEW_GROUPS)
+            )
         goals = [h for h in read if payload_words(h.payload)][:_GOALS]
         notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
-    # Divergence a second time begins elsewhere.
-    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + 1)
+    # Divergence a second time begins elsewhere, and not where another seed's cell begins.
+    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + _ELSEWHERE)
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
         chosen = to_verify(candidates, _VERIFIED)
