@@ -83,7 +83,7 @@ def _payloads(
         found = api.find_payloads(pair, contexts, settings=strings, seed=seed)
     notes = [f"{strings.num_strings:,} random strings"]
     scan = _affordable(_passes_until(_SCANNED, seconds_a_pass, account), len(contexts))
-    if found or scan.num_tokens + scan.num_words < _LEAST_SCAN:
+    if found or scan is None:
         return found, notes
     with account.counting(pair):
         found = api.find_payloads(pair, contexts, settings=scan, seed=seed)
@@ -102,8 +102,8 @@ def _affordable_strings(passes: float) -> HypothesisSettings:
     return replace(usual, num_strings=count, num_tokens=0, num_words=0, groups=_FEW_GROUPS, amplify=[])
 
 
-def _affordable(passes: float, neutral: int) -> HypothesisSettings:
-    """As wide a scan as so many passes allow."""
+def _affordable(passes: float, neutral: int) -> HypothesisSettings | None:
+    """As wide a scan as so many passes allow; None where that is too narrow to find anything."""
     usual = replace(HypothesisSettings(), num_strings=0)
     each = 2 * len(usual.contexts) * usual.answer_tokens
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
@@ -111,7 +111,9 @@ def _affordable(passes: float, neutral: int) -> HypothesisSettings:
     whole = 2 * (usual.groups * group + amplified) <= passes
     groups, amplify = (usual.groups, usual.amplify) if whole else (_FEW_GROUPS, [])
     inputs = int((passes - groups * group - amplified * whole) / each)
-    inputs = min(max(inputs, 0), usual.num_tokens + usual.num_words)
+    if inputs < _LEAST_SCAN:
+        return None
+    inputs = min(inputs, usual.num_tokens + usual.num_words)
     words = inputs // 10
     return replace(usual, num_tokens=inputs - words, num_words=words, groups=groups, amplify=amplify)
 
