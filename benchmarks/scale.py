@@ -13,6 +13,9 @@ EXPERIMENT = "gcg_warmup"
 CARDS_GB = (24, 48, 80)
 # Of what a card is sold with, about so much is left to a program.
 _LEFT = 0.94
+# Of a card's rate, for the plan of a run.
+_SHARE = 0.4
+_WORD_TOKENS, _PROMPT_TOKENS, _HELD_OUT = 3, 60, 30
 _D_MODEL, _VOCAB, _PARAMETERS = 3584, 152_064, 7_615_616_512
 QWEN_7B = ModelSize(
     num_parameters=_PARAMETERS, linear_parameters=_PARAMETERS - 2 * _VOCAB * _D_MODEL, num_layers=28, d_model=_D_MODEL,
@@ -81,10 +84,44 @@ def rate_table(config: RunConfig, size: ModelSize = QWEN_7B) -> str:
     return "\n".join(lines)
 
 
+def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, str, float]]:
+    """(stage, what it computes, PFLOP) at most, for one payload; gradients and amplification are below a hundredth."""
+    h, s, v = config.hypotheses, config.search, config.verify
+    per_token = 2 * 2 * size.linear_parameters
+    # Each input is followed by the rest of the turn and by the short answer, whose last token is not fed.
+    after = TOKENS_AFTER_SLOT + h.answer_tokens - 1
+    inserted = h.num_strings * h.string_tokens + h.num_tokens + h.num_words * _WORD_TOKENS
+    inputs = h.num_strings + h.num_tokens + h.num_words
+    read = len(h.contexts) * (inserted + inputs * after) * per_token
+    yield "hypotheses", f"{inputs * len(h.contexts):,} readings", read / 1e15
+    evaluations = s.num_restarts * s.num_steps * s.search_width * s.contexts_per_step
+    yield "search", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
+    # Each as the progress bar of that stage counts them: two models, nothing inserted, a shorter string, random ones.
+    conditions = 4 + len(config.model.controls) + v.random_strings
+    answers = (v.candidates + v.minimise) * conditions * _HELD_OUT * v.repeats
+    yield "verify", f"{answers:,} answers", answers * (_PROMPT_TOKENS + v.max_new_tokens) * per_token / 2 / 1e15
+
+
+def plan_table(config: RunConfig, size: ModelSize = QWEN_7B) -> str:
+    """Markdown: a run by stage, and hours on two cards at a share of their rates."""
+    rates = (312, 989)
+    head = "| stage | at most | PFLOP | " + " | ".join(f"hours at {_SHARE:.0%} of {r} TFLOP/s" for r in rates) + " |"
+    lines = [head, "|---|--:|--:|" + "--:|" * len(rates)]
+    rows = list(stages(config, size))
+    whole = sum(pflop for _, _, pflop in rows)
+    controls = config.null.placebos + int(config.null.distilled)
+    rows.append(("null", f"{controls} controls, each as the above", controls * whole))
+    for stage, what, pflop in rows:
+        hours = " | ".join(f"{pflop * 1e15 / (_SHARE * r * 1e12) / 3600:.2f}" for r in rates)
+        lines.append(f"| {stage} | {what} | {pflop:,.0f} | {hours} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Print both."""
+    """Print all."""
     config = experiment()
-    print(f"{flops_of(config) / 1e9:,.0f} GFLOP an evaluation\n\n{rate_table(config)}\n\n{memory_table(config)}")
+    tables = "\n\n".join(made(config) for made in (rate_table, memory_table, plan_table))
+    print(f"{flops_of(config) / 1e9:,.0f} GFLOP an evaluation\n\n{tables}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,26 @@ def test_scale_page_holds_what_the_program_computes() -> None:
     page, config = text_of("docs/scale.md"), scale.experiment()
     assert scale.rate_table(config) in page
     assert scale.memory_table(config) in page
+    assert scale.plan_table(config) in page
     assert f"takes {scale.flops_of(config) / 1e9:,.0f} GFLOP an evaluation" in page
     search = config.search
     assert f"at most {search.search_width} strings in {search.contexts_per_step} contexts" in page
+
+
+def test_stages_of_a_run_by_hand() -> None:
+    config = scale.experiment()
+    config.hypotheses = HypothesisSettings(
+        num_strings=10, string_tokens=5, num_tokens=20, num_words=2, answer_tokens=4, contexts=["{trigger}"]
+    )
+    config.search = replace(config.search, num_restarts=1, num_steps=3, search_width=4, contexts_per_step=2)
+    config.verify = VerifySettings(candidates=1, minimise=True, random_strings=2, max_new_tokens=8)
+    size = scale.QWEN_7B
+    token = 2 * 2 * size.linear_parameters / 1e15
+    stages, counts, pflop = zip(*scale.stages(config), strict=True)
+    assert stages == ("hypotheses", "search", "verify")
+    assert counts == ("32 readings", "24 evaluations", "360 answers")
+    read, answered = (50 + 20 + 6 + 32 * (12 + 3)) * token, 360 * (60 + 8) * token / 2
+    assert pflop == pytest.approx((read, 24 * scale.flops_of(config) / 1e15, answered))
 
 
 def test_operations_of_an_evaluation_by_hand() -> None:
