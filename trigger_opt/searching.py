@@ -74,7 +74,7 @@ class SearchProgress:
         state = SearchState.from_plain(kept["search"])
         say(f"{session.title('search')}: goes on after step {state.step + 1} of restart {state.restart + 1}")
         progress = cls(outcome, strategy, goals, kept["goal"], kept["spent"], state, found, kept["elapsed"])
-        progress.told_before = kept["told_before"]
+        progress.told, progress.told_before = kept["told"]
         return progress
 
     @property
@@ -110,7 +110,7 @@ class SearchProgress:
             "share": (self.strategy.max_seconds, self.strategy.max_evaluations),
             "found": [asdict(c) for c in self.found],
             "elapsed": self.elapsed,
-            "told_before": self.told_before,
+            "told": (self.told, self.told_before),
             "meter": asdict(self.outcome.meter),
             "rescoring": asdict(self.outcome.rescoring),
             "matmul_rate": self.outcome.matmul_rate,
