@@ -416,3 +416,8 @@ def test_once_an_input_counts_in_one_context_only() -> None:
     assert [(r.inserted, r.context) for r in both.readings] == [((50,), 0), ((50,), 1), ((51,), 0)]
     (each,) = census_groups(readings, count=1, least=3)
     assert [(r.inserted, r.context) for r in each.readings] == [((50,), 0), ((51,), 0)]
+
+
+def test_settings_that_read_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="all nothing; raise one of them"):
+        HypothesisSettings(num_strings=0, num_tokens=0, num_words=0, amplify=[])

@@ -678,3 +678,17 @@ def test_one_start_is_enough_for_a_buffer_of_several(monkeypatch: pytest.MonkeyP
         _, steps = run(small(num_steps=8, buffer_size=3), toy)
         assert len(steps) == 8
         assert steps[-1].trigger_ids != steps[0].trigger_ids
+
+
+def test_each_restart_begins_from_seed_strings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Seeds] = []
+
+    def noted(seeds: Seeds, *more: Any, **options: Any) -> Tensor:
+        given.append(seeds)
+        return initial_pool(seeds, *more, **options)
+
+    monkeypatch.setattr("trigger_opt.search.strategies.initial_pool", noted)
+    strings = tuple((n, n, n, n) for n in range(1, 6))
+    run(small(num_restarts=2, num_steps=1), Toy(), seeds=Seeds(tokens=(1, 2), strings=strings))
+    assert [s.strings for s in given] == [strings[0::2], strings[1::2]]
+    assert all(s.tokens == (1, 2) for s in given)

@@ -400,7 +400,8 @@ def _seeds(tokenizer: Any, hypothesis: Hypothesis | None, allowed: Bool[Tensor, 
         return Seeds()
     strings = [tuple(i) for i in encode(tokenizer, hypothesis.inputs) if i]
     tokens = list(dict.fromkeys(t for s in strings for t in s if bool(allowed[t])))
-    usable = [s for s in strings if valid(torch.tensor([s]))[0]]
+    # A string put in and tokenised by itself may hold tokens that the policy forbids.
+    usable = [s for s in strings if all(bool(allowed[t]) for t in s) and valid(torch.tensor([s]))[0]]
     return Seeds(tokens=tuple(tokens), strings=tuple(usable[:8]))
 
 

@@ -28,8 +28,8 @@ from trigger_opt.search import GCG, SearchState, Step
 from trigger_opt.session import Session, StageOutcome
 from trigger_opt.verify import payload_words
 
-# Added to the seed of a second search on divergence: no other job of a sweep shall have that one.
-_ELSEWHERE = 1_000_003
+ELSEWHERE = 1_000_003
+"""Added to the seed of a second search on divergence: no other job of a sweep shall have that one."""
 _COLUMNS = ["trigger", "payload", "score", "selection_rate", "restart", "step"]
 
 
@@ -188,11 +188,14 @@ def _read_off(session: Session, progress: SearchProgress) -> list[Hypothesis | N
     read_off.jsonl. Where there is none, divergence again, if a budget is left for it."""
     say(f"{session.title('search')}: what the strings found on divergence say is read …")
     found = sorted(progress.found, key=lambda c: -c.score)
-    read: list[int] = [0]
+    before = progress.outcome.evaluations
+
+    def on_read(count: int) -> None:
+        progress.outcome.evaluations = before + count
+
     said = api.payloads_of(
-        session.pair(), session.search_contexts, found, settings=session.config.hypotheses, on_read=read.append
+        session.pair(), session.search_contexts, found, settings=session.config.hypotheses, on_read=on_read
     )
-    progress.outcome.evaluations += read[-1]
     said = [h for h in said if payload_words(h.payload)][: session.config.max_hypotheses]
     if not said:
         bounded = session.config.search.max_seconds or session.config.search.max_evaluations
@@ -258,7 +261,7 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
 
 def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgress) -> None:
     strategy, spent, outcome = progress.strategy, progress.spent, progress.outcome
-    seed = session.config.seed + (_ELSEWHERE if progress.again else 0)
+    seed = session.config.seed + (ELSEWHERE if progress.again else 0)
 
     def made(candidate: Candidate) -> Candidate:
         # Drawn elsewhere, but of this run's seed; its restarts follow those of the first search.

@@ -15,12 +15,13 @@ from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, searchable, tokenize_context
 from trigger_opt.records import Candidate, Hypothesis, Verification
 from trigger_opt.search import GCG
+from trigger_opt.searching import ELSEWHERE
 from trigger_opt.verify import Thresholds, common_answer, minimise, payload_words
 from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
 _STRINGS, _SCANNED, _SEARCHED = 0.2, 0.4, 0.85
-# A narrower scan finds nothing; the search is the better use of its time.
+# A choice, not a measurement: strings were read already, and what a narrower scan takes is left to the search.
 _LEAST_SCAN = 1024
 _PILOT = 32
 _FEW_GROUPS = 2
@@ -30,7 +31,6 @@ _SMALL_BATCHES = 2
 _ROLLOUTS = 8
 _AMPLIFIED_TOKENS = 16
 _GOALS = 2
-_ELSEWHERE = 1_000_003
 # More than any budget lasts for. One restart: it begins where the payload was seen, and steps are dear.
 _STEPS = 1_000_000
 _VERIFIED = 3
@@ -64,7 +64,7 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
         goals = [h for h in read if payload_words(h.payload)][:_GOALS]
         notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
     # Divergence a second time begins elsewhere, and not where another seed's cell begins.
-    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + _ELSEWHERE)
+    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE)
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
         chosen = to_verify(candidates, _VERIFIED)
