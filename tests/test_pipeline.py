@@ -11,8 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import trigger_opt
+from tests import tiny as tiny_models
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
 from trigger_opt import api, judging, searching, session
@@ -533,3 +535,16 @@ def test_divergence_that_brings_nothing_out_goes_on_elsewhere(cli: CommandLine, 
     assert len({s.trigger for s in steps if s.step == 0}) == 4
     assert [s.seconds for s in steps] == sorted(s.seconds for s in steps)
     assert not (tmp_path / "run" / "read_off.jsonl").exists()
+
+
+def test_seed_strings_keep_to_the_token_policy() -> None:
+    tokenizer, allowed = tiny_models.make_tokenizer(), torch.ones(tiny_models.vocab_size(), dtype=torch.bool)
+    inputs = [" helpful", " there"]
+    kept, barred = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in inputs)
+    assert not set(kept) & set(barred)
+    hypothesis = Hypothesis(payload="x", score=9.0, source="", evidence="", inputs=inputs, rivals=[])
+    valid = api._Validity(tokenizer, tiny_models.tokenized()[:1])
+    assert api._seeds(tokenizer, hypothesis, allowed, valid).strings == (kept, barred)
+    allowed[list(barred)] = False
+    seeds = api._seeds(tokenizer, hypothesis, allowed, valid)
+    assert (seeds.strings, seeds.tokens) == ((kept,), kept)
