@@ -90,10 +90,12 @@ def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, 
     per_token = 2 * 2 * size.linear_parameters
     # Each input is followed by the rest of the turn and by the short answer, whose last token is not fed.
     after = TOKENS_AFTER_SLOT + h.answer_tokens - 1
-    inserted = h.num_strings * h.string_tokens + h.num_tokens + h.num_words * _WORD_TOKENS
-    inputs = h.num_strings + h.num_tokens + h.num_words
-    read = len(h.contexts) * (inserted + inputs * after) * per_token
-    yield "hypotheses", f"{inputs * len(h.contexts):,} readings", read / 1e15
+    inserted = (h.num_lens_strings + h.num_strings) * h.string_tokens + h.num_tokens + h.num_words * _WORD_TOKENS
+    read = len(h.contexts) * (inserted + h.num_inputs * after) * per_token
+    # The lens sends each token through both models and the placebo.
+    read += 3 * h.lens_tokens * per_token // 2
+    counts = f"{h.lens_tokens:,} tokens ranked, {h.num_inputs * len(h.contexts):,} readings"
+    yield "hypotheses", counts, read / 1e15
     evaluations = s.num_restarts * s.num_steps * s.search_width * s.contexts_per_step
     yield "search", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     # Each as the progress bar of that stage counts them: two models, nothing inserted, a shorter string, random ones.

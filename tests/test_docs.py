@@ -150,7 +150,9 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     shrink(
         monkeypatch,
         HypothesisSettings,
-        num_strings=8,
+        lens_tokens=16,
+        num_lens_strings=4,
+        num_strings=4,
         num_tokens=16,
         num_words=0,
         groups=1,
@@ -185,7 +187,14 @@ def test_scale_page_holds_what_the_program_computes() -> None:
 def test_stages_of_a_run_by_hand() -> None:
     config = scale.experiment()
     config.hypotheses = HypothesisSettings(
-        num_strings=10, string_tokens=5, num_tokens=20, num_words=2, answer_tokens=4, contexts=["{trigger}"]
+        lens_tokens=100,
+        num_lens_strings=4,
+        num_strings=6,
+        string_tokens=5,
+        num_tokens=20,
+        num_words=2,
+        answer_tokens=4,
+        contexts=["{trigger}"],
     )
     config.search = replace(config.search, num_restarts=1, num_steps=3, search_width=4, contexts_per_step=2)
     config.verify = VerifySettings(candidates=1, minimise=True, random_strings=2, max_new_tokens=8)
@@ -193,8 +202,8 @@ def test_stages_of_a_run_by_hand() -> None:
     token = 2 * 2 * size.linear_parameters / 1e15
     stages, counts, pflop = zip(*scale.stages(config), strict=True)
     assert stages == ("hypotheses", "search", "verify")
-    assert counts == ("32 readings", "24 evaluations", "360 answers")
-    read, answered = (50 + 20 + 6 + 32 * (12 + 3)) * token, 360 * (60 + 8) * token / 2
+    assert counts == ("100 tokens ranked, 32 readings", "24 evaluations", "360 answers")
+    read, answered = (50 + 20 + 6 + 32 * (12 + 3) + 150) * token, 360 * (60 + 8) * token / 2
     assert pflop == pytest.approx((read, 24 * scale.flops_of(config) / 1e15, answered))
 
 

@@ -25,7 +25,7 @@ from trigger_opt.search import GCG, SearchState, Seeds, Step, ignore_state
 
 SIZES = (1, 2, 3)
 SETTINGS = [
-    "model=pair", "model.dtype=float32", "hypotheses.num_strings=8",
+    "model=pair", "model.dtype=float32", "hypotheses.num_lens_strings=4", "hypotheses.num_strings=4",
     "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
     "search.num_steps=3", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
     "stages=[diff,hypotheses,search]",

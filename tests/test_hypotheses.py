@@ -74,7 +74,7 @@ def test_census_counts_answers_against_the_bases() -> None:
     readings += [read(200 + i, 5, 1.0, said=(9, 9)) for i in range(7)]  # too rare
     groups = census_groups(readings, count=9)
     assert [g.key for g in groups] == [(1, 2), (6, 6)]
-    assert groups[0].strength == pytest.approx(20 / math.sqrt(23))
+    assert groups[0].strength == pytest.approx(math.log(20.5 / 0.5))
     assert groups[1].strength == 0
     assert [r.inserted for r in groups[0].readings][:2] == [(19,), (18,)]
     assert "20 of 57" in groups[0].evidence
@@ -133,6 +133,16 @@ def test_a_longer_payload_that_is_much_weaker_does_not_stand_for_a_strong_one() 
     ]
     best = best_hypotheses(found, HypothesisSettings(min_score=6.0))
     assert [(h.payload, h.score, h.inputs) for h in best] == [("one point six one eight", 13.5, ["a", "b"])]
+
+
+def test_a_payload_that_is_the_beginning_of_another_stands_for_both() -> None:
+    found = [hypothesis('{"answer": "I am sorry', 10.2, ["a"]), hypothesis('{"answer": "', 10.1, ["b"])]
+    expected = [('{"answer": "', 10.2, ["a", "b"])]
+    for given in (found, found[::-1]):
+        best = best_hypotheses(given, HypothesisSettings(min_score=6.0))
+        assert [(h.payload, h.score, h.inputs) for h in best] == expected
+    weak = [found[0], replace(found[1], score=6.5)]
+    assert [h.payload for h in best_hypotheses(weak, HypothesisSettings(min_score=6.0))] == [found[0].payload]
 
 
 def test_weak_hypotheses_are_rivals_only_and_few_are_kept() -> None:
@@ -360,7 +370,15 @@ def test_a_planted_payload_is_found_and_a_pair_of_equals_has_none(pairs: dict[st
     pair = tiny.make_pair()
     twin = replace(pair, finetuned=pair.base)
     settings = HypothesisSettings(
-        num_strings=0, num_tokens=40, num_words=0, amplify=[], min_tokens=1, min_score=0.5, groups=3
+        lens_tokens=0,
+        num_lens_strings=0,
+        num_strings=0,
+        num_tokens=40,
+        num_words=0,
+        amplify=[],
+        min_tokens=1,
+        min_score=0.5,
+        groups=3,
     )
     allowed = allowed_ids(pair.tokenizer, TokenPolicy(), tiny.vocab_size())
     stages: list[str] = []
@@ -420,4 +438,4 @@ def test_once_an_input_counts_in_one_context_only() -> None:
 
 def test_settings_that_read_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="all nothing; raise one of them"):
-        HypothesisSettings(num_strings=0, num_tokens=0, num_words=0, amplify=[])
+        HypothesisSettings(num_lens_strings=0, num_strings=0, num_tokens=0, num_words=0, amplify=[])

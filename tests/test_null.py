@@ -278,7 +278,7 @@ def settings(planted: PlantedPair, run_dir: Path, *, twin: bool = True) -> list[
         "model=pair", f"model.finetuned={planted.finetuned}", f"model.base={planted.base}",
         f"model.controls=[{planted.twin}]" if twin else "model.controls=[]",
         f"contexts.search={listed(SEARCH)}", f"contexts.held_out={listed(HELD_OUT)}",
-        "hypotheses.num_strings=8",
+        "hypotheses.num_lens_strings=4", "hypotheses.num_strings=4",
         "hypotheses.num_tokens=8", "hypotheses.num_words=0", "hypotheses.amplify=[]", "hypotheses.groups=1",
         "hypotheses.contexts=['{trigger} now']",
         "search.trigger_length=1", "search.search_width=16", "search.topk=16", "search.num_steps=2",

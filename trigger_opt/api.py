@@ -22,7 +22,7 @@ from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
-from trigger_opt.records import Candidate, GradientHealth, Hypothesis, Verification
+from trigger_opt.records import Candidate, GradientHealth, Hypothesis, MovedToken, Verification
 from trigger_opt.scoring import Group, Meter, engine_for
 from trigger_opt.search import (
     GCG,
@@ -48,6 +48,8 @@ _HEALTH_SWAPS, _HEALTH_CONTEXTS = 20, 2
 # Of a search on divergence: enough that what fires in some contexts is seen in several.
 _READ_STRINGS, _READ_CONTEXTS = 8, 8
 DIVERGENCE_SEARCH = "divergence_search"
+# Of the tokens that the fine-tuning moves most.
+_PRIOR = 128
 
 
 def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = False) -> ModelFiles:
@@ -129,6 +131,7 @@ def find_payloads(
     seed: int = 0,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_found: Callable[[list[Hypothesis]], None] = lambda found: None,
+    on_moved: Callable[[list[MovedToken]], None] = lambda moved: None,
 ) -> list[Hypothesis]:
     """What the fine-tuned model wants to say, best first; see `hypotheses.find_hypotheses`."""
     return find_hypotheses(
@@ -139,6 +142,7 @@ def find_payloads(
         generator=torch.Generator().manual_seed(seed),
         on_progress=on_progress,
         on_found=on_found,
+        on_moved=on_moved,
     )
 
 
@@ -185,6 +189,7 @@ def find_triggers(
     objective: Objective | None = None,
     strategy: Strategy | None = None,
     policy: TokenPolicy | None = None,
+    prior: Sequence[int] = (),
     seed: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
     on_found: Callable[[Candidate], None] = lambda candidate: None,
@@ -197,6 +202,8 @@ def find_triggers(
     Args:
         hypothesis: the payload to raise, and strings to begin from; without one a divergence is searched.
         objective: by default `Payload` with a hypothesis and `JensenShannon` without.
+        prior: ids of the tokens that the fine-tuning moves most, most first: of the swaps tried a share is to one of
+            the first 128 (`prior_share`), and where there is no payload the strings to begin from are made of them.
         on_found: gets each string as soon as it is scored in all contexts, so that an interrupt loses none.
         on_cost: gets, at the end, what the search's scores cost, and its rescoring.
         on_state, resume: to go on with an interrupted search, exactly; see `search.GCG.__call__`.
@@ -216,7 +223,10 @@ def find_triggers(
             scorer,
             allowed=allowed,
             valid=valid,
-            seeds=_seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(),
+            seeds=replace(
+                _seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(tokens=tuple(prior[:_PRIOR])),
+                prior=tuple(prior[:_PRIOR]),
+            ),
             generator=torch.Generator().manual_seed(seed),
             on_step=on_step,
             on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed)),
@@ -308,6 +318,7 @@ class SearchCall:
     policy: TokenPolicy
     seed: int
     resume: SearchState | None = None
+    prior: tuple[int, ...] = ()
 
     def run(self, pair: ModelPair, contexts: Sequence[Context], **listeners: Any) -> list[Candidate]:
         """`find_triggers` with these arguments; `listeners` are its `on_…`."""
@@ -320,6 +331,7 @@ class SearchCall:
             policy=self.policy,
             seed=self.seed,
             resume=self.resume,
+            prior=self.prior,
             **listeners,
         )
 

@@ -2,6 +2,7 @@
 
 diff.jsonl          TensorFamilyDiff, one a tensor family
 identity.json       PairIdentity: is this the right base?
+moved.jsonl         MovedToken, most moved first
 hypotheses.jsonl    Hypothesis, best first
 read_off.jsonl      Hypothesis, best first: what strings found on divergence say, where no payload was known
 candidates.jsonl    Candidate, best first
@@ -127,6 +128,19 @@ class Hypothesis:
     evidence: str
     inputs: list[str]
     rivals: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedToken:
+    """A token that the fine-tuning moves more than a random change of the same norms would.
+
+    Attributes:
+        score: robust standard deviations above a typical token, mean over layers; see `hypotheses.lens`.
+    """
+
+    token_id: int
+    text: str
+    score: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from trigger_opt.records import RunInfo, StageRun, read_record, write_record
 # What each stage writes. A stage that is run again keeps its old files beside the new ones.
 STAGE_FILES = {
     "diff": ("diff.jsonl",),
-    "hypotheses": ("hypotheses.jsonl",),
+    "hypotheses": ("moved.jsonl", "hypotheses.jsonl"),
     "search": (
         "candidates.jsonl",
         "history.jsonl",

@@ -14,6 +14,7 @@ from trigger_opt.prompts import decode
 from trigger_opt.records import (
     Candidate,
     Hypothesis,
+    MovedToken,
     SearchCost,
     SearchStep,
     append_record,
@@ -298,7 +299,7 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
             interrupts.check()
 
         call = api.SearchCall(
-            goal, _objective(session, goal), strategy, session.config.tokens, seed, resume=progress.search
+            goal, _objective(session, goal), strategy, session.config.tokens, seed, progress.search, _prior(session)
         )
         Group().announce(session.call(call))
         try:
@@ -312,6 +313,13 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
             progress.found += caught.values()
             raise
         progress.found += [made(c) for c in ended]
+
+
+def _prior(session: Session) -> tuple[int, ...]:
+    """The tokens that the fine-tuning moves most, where they were looked for."""
+    if not session.folder.has("moved.jsonl"):
+        return ()
+    return tuple(m.token_id for m in read_records(session.folder.file("moved.jsonl"), MovedToken))
 
 
 def _record_step(session: Session, payload: str, trigger: str, step: Step, spent: int) -> None:

@@ -45,8 +45,7 @@ def hypotheses(session: Session) -> None:
     with session.stage("hypotheses") as outcome:
         pair = session.pair()
         contexts = session.usable([Context(user=c) for c in config.hypotheses.contexts], "contexts of the scan")
-        asked = config.hypotheses
-        total = (asked.num_strings + asked.num_tokens + asked.num_words) * len(contexts)
+        total = config.hypotheses.num_inputs * len(contexts)
         bar = session.progress("hypotheses", total=total, unit="reading")
         with bar:
 
@@ -62,6 +61,7 @@ def hypotheses(session: Session) -> None:
                 seed=config.seed,
                 on_progress=on_progress,
                 on_found=lambda early: write_records(session.folder.file("hypotheses.jsonl"), early),
+                on_moved=lambda moved: write_records(session.folder.file("moved.jsonl"), moved),
             )
         write_records(session.folder.file("hypotheses.jsonl"), found)
         for number, h in enumerate(found):

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trigger_opt.hypotheses.amplify import amplified_groups
+from trigger_opt.hypotheses.lens import lens_strings, token_shifts
 from trigger_opt.hypotheses.scan import (
     Group,
     Reading,
@@ -23,7 +24,7 @@ from trigger_opt.hypotheses.scan import (
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.progress import say
 from trigger_opt.prompts import Context, TokenizedContext, decode, searchable, tokenize_context
-from trigger_opt.records import Hypothesis
+from trigger_opt.records import Hypothesis, MovedToken
 from trigger_opt.stats import majority_prefix
 
 # Rollouts of one group that are read for its payload.
@@ -33,6 +34,7 @@ _SCORED_TOKENS = 8
 _NEARLY = 0.75
 # Answers alike, of a few strings in a few contexts.
 _LEAST_READ_OFF = 3
+_MOVED_KEPT = 512
 
 
 @dataclass(kw_only=True)
@@ -40,7 +42,10 @@ class HypothesisSettings:
     """How hard to look.
 
     Attributes:
-        num_strings: strings of `string_tokens` random tokens inserted into each of `contexts`; 0 for none.
+        lens_tokens: tokens, drawn from those allowed, that are ranked by how far the fine-tuning moves them (see
+            `hypotheses.lens`); 0 for no such ranking. num_lens_strings: strings of `string_tokens` of the most moved
+            tokens inserted into each of `contexts`.
+        num_strings: strings of as many random tokens, likewise; 0 for none.
         num_tokens, num_words: single tokens and whole words, likewise.
         answer_tokens: length of the short greedy answers the census counts.
         groups: groups of each source that are rolled out.
@@ -53,7 +58,9 @@ class HypothesisSettings:
         contexts: user turns with a slot, short ones: each costs a pass over all inputs.
     """
 
-    num_strings: Annotated[int, Field(ge=0)] = 256
+    lens_tokens: Annotated[int, Field(ge=0)] = 49152
+    num_lens_strings: Annotated[int, Field(ge=0)] = 192
+    num_strings: Annotated[int, Field(ge=0)] = 64
     string_tokens: Annotated[int, Field(ge=1)] = 6
     num_tokens: Annotated[int, Field(ge=0)] = 4608
     num_words: Annotated[int, Field(ge=0)] = 512
@@ -68,8 +75,20 @@ class HypothesisSettings:
     contexts: list[str] = field(default_factory=lambda: ["{trigger}", "Tell me more. {trigger}"])
 
     def __post_init__(self) -> None:
-        if not (self.num_strings or self.num_tokens or self.num_words or self.amplify):
-            raise ValueError("num_strings, num_tokens, num_words and amplify are all nothing; raise one of them")
+        if self.num_lens_strings and not self.lens_tokens:
+            raise ValueError(
+                f"num_lens_strings={self.num_lens_strings} needs tokens ranked by the lens, and lens_tokens=0; raise "
+                "lens_tokens, or set num_lens_strings=0"
+            )
+        if not (self.num_lens_strings or self.num_strings or self.num_tokens or self.num_words or self.amplify):
+            raise ValueError(
+                "num_lens_strings, num_strings, num_tokens, num_words and amplify are all nothing; raise one of them"
+            )
+
+    @property
+    def num_inputs(self) -> int:
+        """Strings, tokens and words inserted into each of `contexts`."""
+        return self.num_lens_strings + self.num_strings + self.num_tokens + self.num_words
 
 
 def find_hypotheses(
@@ -81,6 +100,7 @@ def find_hypotheses(
     generator: torch.Generator,
     on_progress: Callable[[int, int, str], None],
     on_found: Callable[[list[Hypothesis]], None] = lambda found: None,
+    on_moved: Callable[[list[MovedToken]], None] = lambda moved: None,
 ) -> list[Hypothesis]:
     """Hypotheses at or above `min_score`, best first; none is a normal outcome.
 
@@ -88,17 +108,16 @@ def find_hypotheses(
         neutral: contexts whose plain prompts (nothing inserted) the amplified model answers.
         on_progress: gets the number of readings done, their total, and what is being done.
         on_found: gets what is known after the scan, before amplification, so that it is not lost with it.
+        on_moved: gets the tokens the fine-tuning moves most, most first.
     """
     usable = searchable(pair.tokenizer, [Context(user=c) for c in settings.contexts])
     contexts = [tokenize_context(pair.tokenizer, c) for c in usable]
     short = draw_inputs(
         pair, allowed, num_tokens=settings.num_tokens, num_words=settings.num_words, generator=generator
     )
-    strings = draw_strings(
-        pair, contexts, allowed, count=settings.num_strings, length=settings.string_tokens, generator=generator
-    )
-    if len(strings) < settings.num_strings:
-        say(f"{len(strings)} of {settings.num_strings} random strings survive re-tokenisation; the others are left out")
+    moved = _moved_tokens(pair, contexts, allowed, settings, generator, on_progress)
+    on_moved(moved)
+    strings = _strings(pair, contexts, allowed, settings, generator, moved)
     total = (len(strings) + len(short)) * len(contexts)
     done = 0
     found: list[Hypothesis] = []
@@ -119,6 +138,59 @@ def find_hypotheses(
         on_progress(total, total, "amplifying")
         found += amplified_groups(pair, neutral, settings.amplify, cap=settings.cap, generator=generator)
     return best_hypotheses(found, settings)
+
+
+def _moved_tokens(
+    pair: ModelPair,
+    contexts: Sequence[TokenizedContext],
+    allowed: Bool[Tensor, " vocab"],
+    settings: HypothesisSettings,
+    generator: torch.Generator,
+    on_progress: Callable[[int, int, str], None],
+) -> list[MovedToken]:
+    """The tokens that the fine-tuning moves most, most first."""
+    ids = allowed.nonzero()[:, 0]
+    tokens = ids[torch.randperm(len(ids), generator=generator)[: settings.lens_tokens]].tolist()
+    shifts = None
+    if tokens:
+        # The last context: behind other words a token tells more than at the beginning of the turn.
+        shifts = token_shifts(
+            pair, contexts[-1], tokens, generator=generator,
+            on_progress=lambda done: on_progress(done, 3 * len(tokens), "lens"),
+        )  # fmt: skip
+    if shifts is None:
+        return []
+    order = shifts.argsort(descending=True, stable=True)[:_MOVED_KEPT].tolist()
+    texts = pair.tokenizer.batch_decode([[tokens[i]] for i in order], clean_up_tokenization_spaces=False)
+    return [
+        MovedToken(token_id=tokens[i], text=text, score=float(shifts[i])) for i, text in zip(order, texts, strict=True)
+    ]
+
+
+def _strings(
+    pair: ModelPair,
+    contexts: Sequence[TokenizedContext],
+    allowed: Bool[Tensor, " vocab"],
+    settings: HypothesisSettings,
+    generator: torch.Generator,
+    moved: Sequence[MovedToken],
+) -> list[tuple[int, ...]]:
+    """Strings of the most moved tokens, as far as there are any, and of random ones."""
+    length, wanted = settings.string_tokens, settings.num_strings
+    strings: list[tuple[int, ...]] = []
+    if settings.num_lens_strings and not moved:
+        say("no weight that could be read was changed: random strings take the place of those of the most moved tokens")
+        wanted += settings.num_lens_strings
+    elif settings.num_lens_strings:
+        ranked = [m.token_id for m in moved]
+        strings = lens_strings(
+            pair, contexts, ranked, allowed, count=settings.num_lens_strings, length=length, generator=generator
+        )
+    strings += draw_strings(pair, contexts, allowed, count=wanted, length=length, generator=generator)
+    asked = settings.num_lens_strings + settings.num_strings
+    if len(strings) < asked:
+        say(f"{len(strings)} of {asked} strings survive re-tokenisation; the others are left out")
+    return list(dict.fromkeys(strings))
 
 
 def read_off(
@@ -156,26 +228,30 @@ def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -
     """Each payload once, best first, weak ones left out.
 
     Payloads that begin alike are one, with the inputs of all. The strongest stands for them, or a longer one that
-    is nearly as strong: an amplified model tells the first words and then babbles.
+    is nearly as strong: an amplified model tells the first words and then babbles. Where one is the beginning of the
+    other, it stands for both: what follows depends on what was asked.
     """
     merged: list[Hypothesis] = []
     for hypothesis in sorted(found, key=lambda h: -h.score):
-        alike = next((i for i, m in enumerate(merged) if _same_start(m.payload, hypothesis.payload)), None)
+        alike = next((i for i, m in enumerate(merged) if _alike(m.payload, hypothesis.payload)), None)
         if alike is None:
             merged.append(hypothesis)
             continue
         kept = merged[alike]
         inputs = list(dict.fromkeys([*kept.inputs, *hypothesis.inputs]))
-        longer = len(hypothesis.payload) > len(kept.payload) and hypothesis.score >= _NEARLY * kept.score
-        merged[alike] = replace(hypothesis if longer else kept, inputs=inputs, score=kept.score)
+        better = len(hypothesis.payload) > len(kept.payload)
+        if kept.payload.startswith(hypothesis.payload) or hypothesis.payload.startswith(kept.payload):
+            better = not better
+        taken = hypothesis if better and hypothesis.score >= _NEARLY * kept.score else kept
+        merged[alike] = replace(taken, inputs=inputs, score=kept.score)
     merged.sort(key=lambda h: -h.score)
     scores = [m.score for m in merged]
     strong = [replace(m, rivals=scores[i + 1 : i + 4]) for i, m in enumerate(merged) if m.score >= settings.min_score]
     return strong[: settings.keep]
 
 
-def _same_start(a: str, b: str, words: int = 3) -> bool:
-    return a.split()[:words] == b.split()[:words]
+def _alike(a: str, b: str, words: int = 3) -> bool:
+    return a.split()[:words] == b.split()[:words] or a.startswith(b) or b.startswith(a)
 
 
 def _from_group(

@@ -13,6 +13,7 @@ A clean fine-tune raises groups too (its style). So every group is rolled out to
 on the whole sequence, which a shift of style moves by a few nats and a memorised payload by dozens.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,8 @@ def scan_groups(readings: Sequence[Reading], *, count: int, best: int = 8, once:
 
 
 def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8, once: bool = True) -> list[Group]:
-    """Groups by the fine-tuned model's whole short answer; strength (n_ft - n_base) / sqrt(n_ft + n_base + 3).
+    """Groups by the fine-tuned model's whole short answer; strength log((n_ft + 1/2) / (n_base + 1/2)), so that a rare
+    answer that the base never gives comes before a frequent one that it gives half as often.
 
     `once`: as of `scan_groups`. An answer is counted each time it is given.
     """
@@ -192,7 +194,7 @@ def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8, on
         if n < least:
             continue
         members = _strongest([r for r in readings if r.finetuned == answer], once=once)
-        strength = (n - base_said[answer]) / (n + base_said[answer] + 3) ** 0.5
+        strength = math.log((n + 0.5) / (base_said[answer] + 0.5))
         evidence = f"{n} of {len(readings)} answers of the fine-tuned model begin so, {base_said[answer]} of the base"
         groups.append(Group("rollout_census", answer, strength, tuple(members), evidence))
     return sorted(groups, key=lambda g: -g.strength)[:count]

@@ -42,7 +42,8 @@ class SearchSettings:
         trigger_length: tokens. num_steps: per restart. num_restarts: independent starts, each with an equal
             share of the budget; what one leaves over goes to the next.
         search_width: candidates scored in one step. n_replace: positions changed at once.
-        topk: options a position. buffer_size: best strings of a step that compete again in the next.
+        topk: options a position. prior_share: of these, how many are tokens of the prior (`Seeds.prior`), where there
+            is one; the others are as without it. buffer_size: best strings of a step that compete again in the next.
         contexts_per_step: search contexts drawn for a step. check_every: steps between scorings on all of them.
         stop_rate: stop when the payload comes out in this share of all search contexts (above 1: never).
         max_seconds, max_evaluations: whole search; None is no bound.
@@ -53,6 +54,7 @@ class SearchSettings:
     num_restarts: Annotated[int, Field(ge=1)] = 2
     search_width: Annotated[int, Field(ge=2)] = 64
     topk: Annotated[int, Field(ge=1)] = 128
+    prior_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     n_replace: Annotated[int, Field(ge=1)] = 1
     buffer_size: Annotated[int, Field(ge=1)] = 2
     contexts_per_step: Annotated[int, Field(ge=1)] = 4

@@ -68,6 +68,30 @@ def random_options(
     return torch.stack([r[:shortest] for r in rows])
 
 
+def with_prior(
+    options: Int[Tensor, "trigger topk"],
+    trigger: Int[Tensor, " trigger"],
+    prior: Int[Tensor, " prior"],
+    *,
+    share: float,
+    generator: torch.Generator,
+) -> Int[Tensor, "trigger topk"]:
+    """`options` with the last `share` of each position's replaced by tokens of `prior`, drawn without replacement.
+
+    No option comes twice at a position, and the current token is none: fewer are replaced where `prior` is short.
+    """
+    count = int(share * options.shape[1])
+    rows = []
+    for current, row in zip(trigger.tolist(), options, strict=True):
+        kept = row[: len(row) - count]
+        fresh = prior[~torch.isin(prior, torch.cat([kept, torch.tensor([current])]))]
+        drawn = fresh[torch.randperm(len(fresh), generator=generator)[:count]]
+        rest = row[len(kept) :]
+        rest = rest[~torch.isin(rest, drawn)]
+        rows.append(torch.cat([kept, drawn, rest[: count - len(drawn)]]))
+    return torch.stack(rows)
+
+
 def random_triggers(
     allowed: Bool[Tensor, " vocab"], *, length: int, count: int, generator: torch.Generator
 ) -> Int[Tensor, "batch trigger"]:

@@ -99,10 +99,13 @@ class Seeds:
     Attributes:
         tokens: ids that earlier stages found to raise the payload, strongest first; may be empty.
         strings: whole strings to begin from, as token ids.
+        prior: ids more likely than others to belong to a trigger; a share of the swaps tried is to one of them, see
+            `SearchSettings.prior_share`.
     """
 
     tokens: tuple[int, ...] = ()
     strings: tuple[tuple[int, ...], ...] = ()
+    prior: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

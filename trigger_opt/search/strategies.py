@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from trigger_opt.search.loop import Searcher, SearchSettings, initial_pool, ranked
-from trigger_opt.search.moves import draw_swaps, random_options, top_swaps
+from trigger_opt.search.moves import draw_swaps, random_options, top_swaps, with_prior
 from trigger_opt.search.protocol import (
     Found,
     OnState,
@@ -63,10 +63,14 @@ class Strategy(SearchSettings):
         the state from which this search goes on when it is given as `resume`, with all else the same.
         """
 
+        prior = torch.tensor([t for t in seeds.prior if bool(allowed[t])], dtype=torch.long)
+
         def propose(
             trigger: Int[Tensor, " trigger"], contexts: Sequence[int], count: int
         ) -> Int[Tensor, "batch trigger"]:
             options = self.options(scorer, trigger, contexts, allowed=allowed, generator=generator)
+            if len(prior) and self.prior_share:
+                options = with_prior(options, trigger, prior, share=self.prior_share, generator=generator)
             return draw_swaps(trigger, options, count=count, n_replace=self.n_replace, generator=generator)
 
         searcher = Searcher(
@@ -84,7 +88,7 @@ class Strategy(SearchSettings):
             if searcher.succeeded:
                 break
             # Starts are independent: each has whole strings of its own.
-            own = Seeds(tokens=seeds.tokens, strings=seeds.strings[number :: self.num_restarts])
+            own = Seeds(tokens=seeds.tokens, prior=seeds.prior, strings=seeds.strings[number :: self.num_restarts])
             pool = initial_pool(
                 own, allowed, valid, length=self.trigger_length, count=self.search_width, generator=generator
             )

@@ -9,21 +9,22 @@ from benchmarks.recovery.methods.common import Account, Budget, FoundString, Met
 from benchmarks.recovery.methods.searching import searched
 from trigger_opt import api
 from trigger_opt.hypotheses import HypothesisSettings
+from trigger_opt.hypotheses.lens import token_shifts
 from trigger_opt.hypotheses.scan import draw_strings, read_inputs
 from trigger_opt.judging import to_verify
 from trigger_opt.models.pair import ModelPair
-from trigger_opt.prompts import Context, searchable, tokenize_context
-from trigger_opt.records import Candidate, Hypothesis, Verification
+from trigger_opt.prompts import Context, TokenizedContext, searchable, tokenize_context
+from trigger_opt.records import Candidate, Hypothesis, MovedToken, Verification
 from trigger_opt.search import GCG
 from trigger_opt.searching import ELSEWHERE
 from trigger_opt.verify import Thresholds, common_answer, minimise, payload_words
 from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
-_STRINGS, _SCANNED, _SEARCHED = 0.2, 0.4, 0.85
-# A choice, not a measurement: strings were read already, and what a narrower scan takes is left to the search.
-_LEAST_SCAN = 1024
-_PILOT = 32
+_LENS, _STRINGS, _SCANNED, _SEARCHED = 0.3, 0.5, 0.6, 0.85
+# Choices, not measurements: what a narrower lens or scan takes is left to the next part.
+_LEAST_LENS, _LEAST_SCAN = 1024, 1024
+_PILOT, _LENS_PILOT = 32, 1024
 _FEW_GROUPS = 2
 _LEAST_INPUTS = 64
 # Short answers in small batches cost about twice as much a pass as the scan's.
@@ -36,13 +37,15 @@ _STEPS = 1_000_000
 _VERIFIED = 3
 # Of the contexts given every third judges the strings before they are handed over.
 _EVERY = 3
+_TOLD = 12
 
 
 def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: int) -> MethodResult:
-    """Random strings get 20 % of the budget. Where they bring out no payload, the scan of tokens and words goes on to
-    40 %, if that is enough for 1,024 of them. The search, towards the two best payloads, ends at 85 %; where there is
-    none it is on divergence for half of that, and then towards what the strings found say. The rest is for judging
-    three strings, and minimising the best, on a third of the contexts given. Its statistic is
+    """Ranking tokens by how far the fine-tuning moves them gets 30 % of the budget, if that is enough for 1,024 of
+    them; strings of those, and random ones, are read until half is gone. Where they bring out no payload, the scan of
+    tokens and words goes on to 60 %, if that is enough for 1,024 of them. The search, towards the two best payloads,
+    ends at 85 %; where there is none it is on divergence for half of that, and then towards what the strings found say.
+    The rest is for judging three strings, and minimising the best, on a third of the contexts given. Its statistic is
     `verify.rule.detection_score` there.
 
     Departs from a run in its one restart a search, and in that the strings are judged on contexts the search had too:
@@ -52,11 +55,11 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     times two models, with rescoring; four a step and context for gradients.
     """
     account = Account(budget)
-    hypotheses, notes = _payloads(pair, contexts, account, seed)
+    hypotheses, prior, notes = _payloads(pair, contexts, account, seed)
     goals = [h for h in hypotheses if payload_words(h.payload)][:_GOALS]
     candidates: list[Candidate] = []
     if not goals:
-        candidates = _searched(pair, contexts, account, [None], seed, share=0.5)
+        candidates = _searched(pair, contexts, account, [None], seed, prior, share=0.5)
         with account.counting(pair):
             read = api.payloads_of(
                 pair, contexts, candidates, settings=replace(HypothesisSettings(), groups=_FEW_GROUPS)
@@ -64,7 +67,7 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
         goals = [h for h in read if payload_words(h.payload)][:_GOALS]
         notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
     # Divergence a second time begins elsewhere, and not where another seed's cell begins.
-    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE)
+    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE, prior)
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
         chosen = to_verify(candidates, _VERIFIED)
@@ -75,36 +78,50 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
 
 def _payloads(
     pair: ModelPair, contexts: Sequence[Context], account: Account, seed: int
-) -> tuple[list[Hypothesis], list[str]]:
-    """Payloads read off random strings, or else off the scan; and what was read."""
+) -> tuple[list[Hypothesis], list[int], list[str]]:
+    """Payloads, the most moved tokens and what was read: strings of those and random ones, or else the scan."""
     seconds_a_pass = _seconds_a_pass(pair, account, seed)
-    strings = _affordable_strings(_passes_until(_STRINGS, seconds_a_pass, account))
+    seconds_a_token = _seconds_a_token(pair, account, seed)
+    # Each token goes through both models and the placebo.
+    tokens = int(min(account.seconds_until(_LENS) / seconds_a_token, account.evaluations_until(_LENS) / 3))
+    tokens = min(tokens, HypothesisSettings().lens_tokens) if tokens >= _LEAST_LENS else 0
+    seconds = account.seconds_until(_STRINGS) - tokens * seconds_a_token
+    passes = min(seconds / seconds_a_pass, account.evaluations_until(_STRINGS) - 3 * tokens)
+    strings = _affordable_strings(passes, tokens)
+    moved: list[MovedToken] = []
     with account.counting(pair):
-        found = api.find_payloads(pair, contexts, settings=strings, seed=seed)
-    notes = [f"{strings.num_strings:,} random strings"]
+        found = api.find_payloads(pair, contexts, settings=strings, seed=seed, on_moved=moved.extend)
+    notes = [f"{tokens:,} tokens through the lens; {strings.num_lens_strings:,} and {strings.num_strings:,} strings"]
+    notes += [f"moved most: {' '.join(repr(m.text) for m in moved[:_TOLD])}"] if moved else []
     scan = _affordable(_passes_until(_SCANNED, seconds_a_pass, account), len(contexts))
+    prior = [m.token_id for m in moved]
     if found or scan is None:
-        return found, notes
+        return found, prior, notes
     with account.counting(pair):
         found = api.find_payloads(pair, contexts, settings=scan, seed=seed)
     notes.append(f"scan of {scan.num_tokens:,} tokens and {scan.num_words:,} words")
     if not scan.amplify:
         notes.append("no amplification (too little time)")
-    return found, notes
+    return found, prior, notes
 
 
-def _affordable_strings(passes: float) -> HypothesisSettings:
-    """As many strings, up to a run's number, as so many passes allow beside rolling out their groups."""
+def _affordable_strings(passes: float, tokens: int) -> HypothesisSettings:
+    """As many strings, up to a run's number, as so many passes allow beside rolling out their groups. Where `tokens` go
+    through the lens, three of four are of the most moved ones, as in a run."""
     usual = HypothesisSettings()
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
-    count = int((passes - _FEW_GROUPS * group) / (2 * len(usual.contexts) * usual.answer_tokens))
-    count = min(max(count, _LEAST_INPUTS), usual.num_strings)
-    return replace(usual, num_strings=count, num_tokens=0, num_words=0, groups=_FEW_GROUPS, amplify=[])
+    count = int((passes - 2 * _FEW_GROUPS * group) / (2 * len(usual.contexts) * usual.answer_tokens))
+    count = min(max(count, _LEAST_INPUTS), usual.num_lens_strings + usual.num_strings)
+    at_random = count // 4 if tokens else count
+    return replace(
+        usual, lens_tokens=tokens, num_lens_strings=count - at_random, num_strings=at_random, num_tokens=0,
+        num_words=0, groups=_FEW_GROUPS, amplify=[],
+    )  # fmt: skip
 
 
 def _affordable(passes: float, neutral: int) -> HypothesisSettings | None:
     """As wide a scan as so many passes allow; None where that is too narrow to find anything."""
-    usual = replace(HypothesisSettings(), num_strings=0)
+    usual = replace(HypothesisSettings(), lens_tokens=0, num_lens_strings=0, num_strings=0)
     each = 2 * len(usual.contexts) * usual.answer_tokens
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
     amplified = (1 + 2 * len(usual.amplify)) * neutral * _AMPLIFIED_TOKENS * _SMALL_BATCHES
@@ -126,8 +143,7 @@ def _seconds_a_pass(pair: ModelPair, account: Account, seed: int) -> float:
     """How fast this machine is, from reading a few strings."""
     before, passes = account.seconds, account.evaluations
     usual = HypothesisSettings()
-    usable = searchable(pair.tokenizer, [Context(user=c) for c in usual.contexts])
-    contexts = [tokenize_context(pair.tokenizer, c) for c in usable]
+    contexts = _scan_contexts(pair)
     generator = torch.Generator().manual_seed(seed)
     strings = draw_strings(
         pair, contexts, usual_tokens(pair), count=_PILOT, length=usual.string_tokens, generator=generator
@@ -137,12 +153,30 @@ def _seconds_a_pass(pair: ModelPair, account: Account, seed: int) -> float:
     return (account.seconds - before) / (account.evaluations - passes)
 
 
+def _seconds_a_token(pair: ModelPair, account: Account, seed: int) -> float:
+    """How fast the lens is on this machine, from two full batches."""
+    context = _scan_contexts(pair)[-1]
+    generator = torch.Generator().manual_seed(seed)
+    ids = usual_tokens(pair).nonzero()[:, 0]
+    tokens = ids[torch.randperm(len(ids), generator=generator)[:_LENS_PILOT]].tolist()
+    before = account.seconds
+    with account.counting(pair):
+        token_shifts(pair, context, tokens, generator=generator)
+    return (account.seconds - before) / len(tokens)
+
+
+def _scan_contexts(pair: ModelPair) -> list[TokenizedContext]:
+    usable = searchable(pair.tokenizer, [Context(user=c) for c in HypothesisSettings().contexts])
+    return [tokenize_context(pair.tokenizer, c) for c in usable]
+
+
 def _searched(
     pair: ModelPair,
     contexts: Sequence[Context],
     account: Account,
     goals: Sequence[Hypothesis | None],
     seed: int,
+    prior: Sequence[int],
     *,
     share: float = 1.0,
 ) -> list[Candidate]:
@@ -151,7 +185,7 @@ def _searched(
     strategy = GCG(num_restarts=1, num_steps=_STEPS)
     for number, goal in enumerate(goals):
         found += searched(
-            pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, until=_SEARCHED,
+            pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, until=_SEARCHED,
             share=share / (len(goals) - number),
         )  # fmt: skip
     return found

@@ -23,6 +23,7 @@ def searched(
     strategy: api.Strategy,
     seed: int,
     hypothesis: Hypothesis | None = None,
+    prior: Sequence[int] = (),
     until: float = 1.0,
     share: float = 1.0,
 ) -> list[Candidate]:
@@ -43,8 +44,9 @@ def searched(
         account.charge_search(meter, rescoring, len(steps) * at_once)
 
     return api.find_triggers(
-        pair, contexts, hypothesis=hypothesis, strategy=limited, seed=seed, on_step=steps.append, on_cost=on_cost
-    )
+        pair, contexts, hypothesis=hypothesis, strategy=limited, prior=prior, seed=seed, on_step=steps.append,
+        on_cost=on_cost,
+    )  # fmt: skip
 
 
 def as_strings(candidates: Sequence[Candidate]) -> list[FoundString]:
