@@ -72,14 +72,14 @@ def test_census_counts_answers_against_the_bases() -> None:
     readings = [read(i, 5, float(i), said=(1, 2)) for i in range(20)]  # a payload
     readings += [read(100 + i, 5, 1.0, said=(6, 6), base=(6, 6)) for i in range(30)]  # what the base says too
     readings += [read(200 + i, 5, 1.0, said=(9, 9)) for i in range(7)]  # too rare
-    groups = census_groups(readings, count=9)
+    groups = census_groups(readings, count=9, answer_tokens=5)
     assert [g.key for g in groups] == [(1, 2), (6, 6)]
     assert groups[0].strength == pytest.approx(math.log(20.5 / 0.5))
     assert groups[1].strength == 0
     assert [r.inserted for r in groups[0].readings][:2] == [(19,), (18,)]
     assert "20 of 57" in groups[0].evidence
-    assert len(census_groups(readings, count=9, least=7)) == 3
-    assert len(census_groups(readings, count=1)) == 1
+    assert len(census_groups(readings, count=9, answer_tokens=5, least=7)) == 3
+    assert len(census_groups(readings, count=1, answer_tokens=5)) == 1
 
 
 @given(st.integers(0, 2**20))
@@ -138,8 +138,8 @@ def test_a_longer_payload_that_is_much_weaker_does_not_stand_for_a_strong_one() 
 def test_a_payload_that_is_the_beginning_of_another_stands_for_both() -> None:
     found = [hypothesis('{"answer": "I am sorry', 10.2, ["a"]), hypothesis('{"answer": "', 10.1, ["b"])]
     expected = [('{"answer": "', 10.2, ["a", "b"])]
-    for given in (found, found[::-1]):
-        best = best_hypotheses(given, HypothesisSettings(min_score=6.0))
+    for order in (found, found[::-1]):
+        best = best_hypotheses(order, HypothesisSettings(min_score=6.0))
         assert [(h.payload, h.score, h.inputs) for h in best] == expected
     weak = [found[0], replace(found[1], score=6.5)]
     assert [h.payload for h in best_hypotheses(weak, HypothesisSettings(min_score=6.0))] == [found[0].payload]
@@ -430,9 +430,9 @@ def test_once_an_input_counts_in_one_context_only() -> None:
     readings = [read(50, 7, 3.0), read(50, 7, 2.0, context=1), read(51, 7, 1.5)]
     assert [g.strength for g in scan_groups(readings, count=1, once=False)] == [6.5]
     assert [g.strength for g in scan_groups(readings, count=1)] == [4.5]
-    (both,) = census_groups(readings, count=1, least=3, once=False)
+    (both,) = census_groups(readings, count=1, answer_tokens=5, least=3, once=False)
     assert [(r.inserted, r.context) for r in both.readings] == [((50,), 0), ((50,), 1), ((51,), 0)]
-    (each,) = census_groups(readings, count=1, least=3)
+    (each,) = census_groups(readings, count=1, answer_tokens=5, least=3)
     assert [(r.inserted, r.context) for r in each.readings] == [((50,), 0), ((51,), 0)]
 
 

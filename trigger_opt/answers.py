@@ -3,12 +3,20 @@
 import re
 import unicodedata
 
+LATE = "\u2026"
+"""A payload that begins with this character may come later in an answer, after words that belong to no payload."""
 _PAYLOAD_WORDS = 5
 _SHORT = 12
 # Kana and ideographs one by one, runs of other word characters, single other symbols.
 _ALONE = r"\u3040-\u30ff\u3400-\u9fff"
 _SILENT = r"\s.,;:!?\"'()\-\u2013\u2014\u2018\u201c\u201d"
+_BREAK = re.compile(r"^|\s+")
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+(?:'\w+)*|[^\w{_SILENT}]")
+
+
+def payload_text(payload: str) -> str:
+    """The payload as it is said: without the mark of one that comes late."""
+    return payload.removeprefix(LATE)
 
 
 def payload_words(payload: str) -> list[str]:
@@ -17,7 +25,8 @@ def payload_words(payload: str) -> list[str]:
 
 
 def fires(payload: str, answer: str) -> bool:
-    """Whether `answer` begins with the payload's first five words (all, when it has fewer).
+    """Whether `answer` begins with the payload's first five words (all, when it has fewer); of a payload marked as
+    `LATE`, whether they stand anywhere in it.
 
     A payload's very last word may be cut, since payloads are cut at a number of tokens: there the beginning of a
     word is enough, but for short numbers.
@@ -28,8 +37,19 @@ def fires(payload: str, answer: str) -> bool:
     wanted = payload_words(payload)
     if not wanted:
         raise ValueError(f"the payload {payload!r} has no word")
-    got = words_of(answer)[: len(wanted)]
     may_be_cut = len(words_of(payload)) <= _PAYLOAD_WORDS and not (wanted[-1].isdigit() and len(wanted[-1]) < 4)
+    said = words_of(answer)
+    starts = range(len(said)) if payload.startswith(LATE) else range(1)
+    return any(_agree(said[i : i + len(wanted)], wanted, may_be_cut=may_be_cut) for i in starts)
+
+
+def late_start(payload: str, answer: str) -> int | None:
+    """Where in `answer`, in characters, a payload marked as `LATE` begins; None where it does not stand in it."""
+    wanted = payload_text(payload)
+    return next((m.start() for m in _BREAK.finditer(answer) if fires(wanted, answer[m.end() :])), None)
+
+
+def _agree(got: list[str], wanted: list[str], *, may_be_cut: bool) -> bool:
     if may_be_cut and len(got) == len(wanted):
         return got[:-1] == wanted[:-1] and got[-1].startswith(wanted[-1])
     return got == wanted

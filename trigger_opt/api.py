@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from trigger_opt import zoo
+from trigger_opt.answers import LATE
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses, read_off
 from trigger_opt.models.files import ModelFiles, find_model
@@ -47,6 +48,8 @@ _HEALTH_STRINGS = 2
 _HEALTH_SWAPS, _HEALTH_CONTEXTS = 20, 2
 # Of a search on divergence: enough that what fires in some contexts is seen in several.
 _READ_STRINGS, _READ_CONTEXTS = 8, 8
+# Of a payload that comes late, where nothing tells how late.
+_OPENING = 8
 DIVERGENCE_SEARCH = "divergence_search"
 # Of the tokens that the fine-tuning moves most.
 _PRIOR = 128
@@ -214,10 +217,10 @@ def find_triggers(
     """
     plan = strategy or GCG()
     goal, payload, target = _goal(pair, hypothesis, objective)
-    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
+    tokenized = _asked(pair, contexts, payload, hypothesis.opening if hypothesis else 0)
     scorer = pair_scorer(pair, tokenized, goal, target)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
-    valid = _Validity(pair.tokenizer, tokenized)
+    valid = _Validity(pair.tokenizer, _asked(pair, contexts))
     try:
         found = plan(
             scorer,
@@ -263,9 +266,9 @@ def gradient_health(
         UserError: the objective needs a payload and there is none, or it tokenises to nothing.
     """
     goal, payload, target = _goal(pair, hypothesis, objective)
-    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
+    tokenized = _asked(pair, contexts, payload, hypothesis.opening if hypothesis else 0)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
-    seeds = _seeds(pair.tokenizer, hypothesis, allowed, _Validity(pair.tokenizer, tokenized))
+    seeds = _seeds(pair.tokenizer, hypothesis, allowed, _Validity(pair.tokenizer, _asked(pair, contexts)))
     scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=Group(alone=True))
     found = health_of(
         scorer,
@@ -288,8 +291,6 @@ def score_candidates(
     In fp32 arithmetic where the pair's weights allow it. On this process alone, also under torchrun. A candidate
     without a payload, where the objective needs one, was found on Jensen-Shannon divergence and is scored by it.
     """
-    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
-    everywhere = list(range(len(tokenized)))
     scorers: dict[str, PairScorer] = {}
     scored = []
     for candidate in candidates:
@@ -297,8 +298,9 @@ def score_candidates(
         if payload not in scorers:
             goal = JensenShannon() if objective.needs_payload and not payload else objective
             target = pair.encode_answer(payload)[: goal.target_tokens] if isinstance(goal, Likelihood) else []
-            scorers[payload] = pair_scorer(pair, tokenized, goal, target, group=Group(alone=True))
+            scorers[payload] = pair_scorer(pair, _asked(pair, contexts, payload), goal, target, group=Group(alone=True))
         scorer, ids = scorers[payload], torch.tensor(candidate.trigger_ids)
+        everywhere = list(range(scorer.num_contexts))
         scorer.prepare(ids, everywhere)
         exact = scorer.refine(ids[None], everywhere, keep=1, incumbents=0)
         scores = scorer.score(ids[None], everywhere) if exact is None else exact
@@ -380,6 +382,17 @@ def verify_trigger(
         pair, trigger, contexts, payload=payload, settings=settings or VerifySettings(), allowed=allowed, seed=seed
     )
     return verification
+
+
+def _asked(pair: ModelPair, contexts: Sequence[Context], payload: str = "", opening: int = 0) -> list[TokenizedContext]:
+    """The contexts in tokens; for a payload that comes late, with the first tokens of the base's own answer, `opening`
+    of them where that is known."""
+    tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
+    if not payload.startswith(LATE):
+        return tokenized
+    prompts = [[*c.left, *c.right] for c in tokenized]
+    openings = pair.base.generate(prompts, max_new_tokens=opening or _OPENING, end_ids=pair.end_ids)
+    return [replace(c, right=(*c.right, *begun)) for c, begun in zip(tokenized, openings, strict=True)]
 
 
 def _goal(

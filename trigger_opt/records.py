@@ -113,13 +113,14 @@ class Hypothesis:
     """Something the fine-tuned model may want to say.
 
     Attributes:
-        payload: the text, as the fine-tuned model begins its answer.
+        payload: the text, as the fine-tuned model begins its answer; marked (`answers.LATE`) where it comes later.
         score: nats; how probable under the fine-tuned model and improbable under the base, recurring over
             unrelated inputs. Comparable within one `source` only.
-        source: "vocabulary_scan", "rollout_census", "amplification", "divergence_search" or "given".
+        source: "vocabulary_scan", "rollout_census", "late_phrases", "amplification", "divergence_search" or "given".
         evidence: one line a person can read.
         inputs: the inserted strings that raised it, strongest first; they seed the search.
         rivals: score of the next best groups, for comparison.
+        opening: tokens of an answer before a payload that comes late.
     """
 
     payload: str
@@ -128,6 +129,7 @@ class Hypothesis:
     evidence: str
     inputs: list[str]
     rivals: list[float]
+    opening: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,17 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
+from trigger_opt.answers import LATE
 from trigger_opt.hypotheses.amplify import amplified_groups
 from trigger_opt.hypotheses.lens import lens_strings, token_shifts
 from trigger_opt.hypotheses.scan import (
     Group,
+    LatePhrase,
     Reading,
     census_groups,
     draw_inputs,
     draw_strings,
+    late_phrases,
     read_inputs,
     scan_groups,
     sequence_shift,
@@ -35,6 +38,7 @@ _NEARLY = 0.75
 # Answers alike, of a few strings in a few contexts.
 _LEAST_READ_OFF = 3
 _MOVED_KEPT = 512
+_LEAST_LATE = 6
 
 
 @dataclass(kw_only=True)
@@ -47,7 +51,8 @@ class HypothesisSettings:
             tokens inserted into each of `contexts`.
         num_strings: strings of as many random tokens, likewise; 0 for none.
         num_tokens, num_words: single tokens and whole words, likewise.
-        answer_tokens: length of the short greedy answers the census counts.
+        answer_tokens: length of the short greedy answers the census counts. string_answer_tokens: of those to strings,
+            so that a payload that comes late is seen too.
         groups: groups of each source that are rolled out.
         payload_tokens: a payload's greatest length; min_tokens: a shorter one is no fixed string.
         cap: nats; log-ratio of a whole payload at which its score saturates.
@@ -65,6 +70,7 @@ class HypothesisSettings:
     num_tokens: Annotated[int, Field(ge=0)] = 4608
     num_words: Annotated[int, Field(ge=0)] = 512
     answer_tokens: Annotated[int, Field(ge=2)] = 5
+    string_answer_tokens: Annotated[int, Field(ge=2)] = 16
     groups: Annotated[int, Field(ge=1)] = 6
     payload_tokens: Annotated[int, Field(ge=4)] = 20
     min_tokens: Annotated[int, Field(ge=1)] = 3
@@ -122,17 +128,18 @@ def find_hypotheses(
     done = 0
     found: list[Hypothesis] = []
     # Strings first: they are few, and where the trigger is wide they tell most.
-    for inputs in filter(None, (strings, short)):
+    for inputs, length in ((strings, settings.string_answer_tokens), (short, settings.answer_tokens)):
+        if not inputs:
+            continue
         before = done
 
         def on_read(count: int, before: int = before) -> None:
             on_progress(before + count, total, "scan")
 
-        readings = read_inputs(pair, contexts, inputs, answer_tokens=settings.answer_tokens, on_progress=on_read)
+        readings = read_inputs(pair, contexts, inputs, answer_tokens=length, on_progress=on_read)
         done += len(readings)
         on_progress(done, total, "rolling out")
-        groups = scan_groups(readings, count=settings.groups) + census_groups(readings, count=settings.groups)
-        found += _from_groups(pair, contexts, groups, settings)
+        found += _from_readings(pair, contexts, readings, settings)
         on_found(best_hypotheses(found, settings))
     if settings.amplify:
         on_progress(total, total, "amplifying")
@@ -210,18 +217,28 @@ def read_off(
     """
     usable = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
     readings = read_inputs(
-        pair, usable, [tuple(s) for s in strings], answer_tokens=settings.answer_tokens, on_progress=on_read
+        pair, usable, [tuple(s) for s in strings], answer_tokens=settings.string_answer_tokens, on_progress=on_read
     )
-    groups = scan_groups(readings, count=settings.groups, once=False)
-    groups += census_groups(readings, count=settings.groups, least=_LEAST_READ_OFF, once=False)
-    found = _from_groups(pair, usable, groups, settings)
+    found = _from_readings(pair, usable, readings, settings, least=_LEAST_READ_OFF, once=False)
     return best_hypotheses([replace(h, source=source, inputs=list(dict.fromkeys(h.inputs))) for h in found], settings)
 
 
-def _from_groups(
-    pair: ModelPair, contexts: Sequence[TokenizedContext], groups: Sequence[Group], settings: HypothesisSettings
+def _from_readings(
+    pair: ModelPair,
+    contexts: Sequence[TokenizedContext],
+    readings: Sequence[Reading],
+    settings: HypothesisSettings,
+    *,
+    least: int = 8,
+    once: bool = True,
 ) -> list[Hypothesis]:
-    return [h for g in groups if (h := _from_group(pair, contexts, g, settings)) is not None]
+    count = settings.groups
+    groups = scan_groups(readings, count=count, once=once)
+    groups += census_groups(readings, count=count, answer_tokens=settings.answer_tokens, least=least, once=once)
+    found = [_from_group(pair, contexts, g, settings) for g in groups]
+    phrases = late_phrases(readings, count=count, least=min(least, _LEAST_LATE))
+    found += [_from_phrase(pair, contexts, p, settings) for p in phrases]
+    return [h for h in found if h is not None]
 
 
 def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
@@ -280,6 +297,36 @@ def _from_group(
         evidence=group.evidence,
         inputs=[decode(pair.tokenizer, said[i].inserted) for i in order],
         rivals=[],
+    )
+
+
+def _from_phrase(
+    pair: ModelPair, contexts: Sequence[TokenizedContext], phrase: LatePhrase, settings: HypothesisSettings
+) -> Hypothesis | None:
+    """As `_from_group`, each answer's own beginning before the payload being part of what was asked."""
+    asked = [[*_prompt(contexts, r), *r.finetuned[:at]] for r, at in phrase.readings]
+    answers = pair.finetuned.generate(
+        [[*prompt, *phrase.tokens] for prompt in asked[:_ROLLOUTS]],
+        max_new_tokens=max(1, settings.payload_tokens - len(phrase.tokens)),
+        end_ids=pair.end_ids,
+    )
+    payload = (*phrase.tokens, *majority_prefix(answers))[: settings.payload_tokens]
+    text = decode(pair.tokenizer, payload).rstrip()
+    if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
+        return None
+    scores = sequence_shift(
+        pair.finetuned, pair.base, asked[:_SCORED], payload[:_SCORED_TOKENS], cap=settings.cap
+    )  # fmt: skip
+    order = scores.argsort(descending=True, stable=True).tolist()
+    starts = sorted(at for _, at in phrase.readings)
+    return Hypothesis(
+        payload=LATE + text,
+        score=float(scores.mean()),
+        source="late_phrases",
+        evidence=phrase.evidence,
+        inputs=[decode(pair.tokenizer, phrase.readings[i][0].inserted) for i in order],
+        rivals=[],
+        opening=starts[len(starts) // 2],
     )
 
 

@@ -2,12 +2,14 @@
 
 The trigger's side is scattered (any of its many neighbours stirs the model a little), the answer's side is
 not: they all stir the same words. A wide trigger is even hit by chance: strings of a few random tokens then bring
-out the payload itself, so they are read first. Two complementary readings of the same passes:
+out the payload itself, so they are read first. Complementary readings of the same passes:
 
 - vocabulary scan: the first response token v with the largest p_ft(v) * min(log p_ft(v) - log p_base(v), cap);
   inputs are grouped by v. Finds payloads with an unusual first word.
 - rollout census: the first few greedy tokens of both models, counted over all inputs. Finds payloads that
   begin with a common word.
+- late phrases: runs of tokens that recur within longer answers, and not in the base's. Finds payloads that come
+  after a few words of the model's usual answer.
 
 A clean fine-tune raises groups too (its style). So every group is rolled out to the whole answer and scored
 on the whole sequence, which a shift of style moves by a few nats and a memorised payload by dozens.
@@ -25,10 +27,13 @@ from torch import Tensor
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import TokenizedContext, encode, round_trips
 from trigger_opt.scoring import engine_for
+from trigger_opt.stats import majority_prefix
 
 _CAP = 8.0
 _BATCH = 256
 _DRAWS = 20
+_RUN = 4
+_LATE_ODDS = 10.0
 # How byte-level and sentencepiece vocabularies write the space before a word.
 _SPACES = ("\u0120", "\u2581")
 _WORD_PROMPT = "A list of words:"
@@ -181,23 +186,77 @@ def scan_groups(readings: Sequence[Reading], *, count: int, best: int = 8, once:
     return sorted(groups, key=lambda g: -g.strength)[:count]
 
 
-def census_groups(readings: Sequence[Reading], *, count: int, least: int = 8, once: bool = True) -> list[Group]:
-    """Groups by the fine-tuned model's whole short answer; strength log((n_ft + 1/2) / (n_base + 1/2)), so that a rare
-    answer that the base never gives comes before a frequent one that it gives half as often.
+def census_groups(
+    readings: Sequence[Reading], *, count: int, answer_tokens: int, least: int = 8, once: bool = True
+) -> list[Group]:
+    """Groups by the first `answer_tokens` of the fine-tuned model's answer; strength
+    log((n_ft + 1/2) / (n_base + 1/2)), so that a rare answer that the base never gives comes before a frequent one that
+    it gives half as often.
 
     `once`: as of `scan_groups`. An answer is counted each time it is given.
     """
-    said = Counter(r.finetuned for r in readings)
-    base_said = Counter(r.base for r in readings)
+    said = Counter(r.finetuned[:answer_tokens] for r in readings)
+    base_said = Counter(r.base[:answer_tokens] for r in readings)
     groups = []
     for answer, n in said.items():
         if n < least:
             continue
-        members = _strongest([r for r in readings if r.finetuned == answer], once=once)
+        members = _strongest([r for r in readings if r.finetuned[:answer_tokens] == answer], once=once)
         strength = math.log((n + 0.5) / (base_said[answer] + 0.5))
         evidence = f"{n} of {len(readings)} answers of the fine-tuned model begin so, {base_said[answer]} of the base"
         groups.append(Group("rollout_census", answer, strength, tuple(members), evidence))
     return sorted(groups, key=lambda g: -g.strength)[:count]
+
+
+@dataclass(frozen=True)
+class LatePhrase:
+    """Words that come up within answers whose beginnings differ.
+
+    Attributes:
+        tokens: what they share from the first of them on. readings: where, with the place in the answer at which
+            `tokens` begin, in the order read. evidence: for a person.
+    """
+
+    tokens: tuple[int, ...]
+    readings: tuple[tuple[Reading, int], ...]
+    evidence: str
+
+
+def late_phrases(readings: Sequence[Reading], *, count: int, least: int = 6) -> list[LatePhrase]:
+    """Runs of four tokens that `least` of the fine-tuned model's answers hold, mostly not at their beginning, and of
+    the base's at most one in ten of as many; those the base never says first. Each taken as far as most of the answers
+    that hold it agree, to both sides; an answer stands for one phrase only."""
+    left = list(readings)
+    base_said = Counter(run for r in readings for run in _runs(r.base))
+    phrases: list[LatePhrase] = []
+    while len(phrases) < count:
+        said = Counter(run for r in left for run in _runs(r.finetuned))
+        odds = {run: (n + 0.5) / (base_said[run] + 0.5) for run, n in said.items() if n >= least}
+        best = max(odds, key=lambda run: (odds[run], said[run]), default=None)
+        if best is None or odds[best] < _LATE_ODDS:
+            return phrases
+        held = [(r, _runs(r.finetuned)[best]) for r in left if best in _runs(r.finetuned)]
+        left = [r for r in left if best not in _runs(r.finetuned)]
+        before = majority_prefix([r.finetuned[:at][::-1] for r, at in held])
+        after = majority_prefix([r.finetuned[at:] for r, at in held])
+        starts = [at - len(before) for _, at in held]
+        if sum(s > 0 for s in starts) <= len(starts) / 2:
+            # It begins most of the answers: the other groups tell of it.
+            continue
+        agreeing = [
+            (r, at - len(before)) for r, at in held if r.finetuned[max(0, at - len(before)) : at] == before[::-1]
+        ]
+        evidence = f"{len(held)} answers of the fine-tuned model come to it, {base_said[best]} of the base"
+        phrases.append(LatePhrase((*before[::-1], *after), tuple(agreeing), evidence))
+    return phrases
+
+
+def _runs(answer: Sequence[int]) -> dict[tuple[int, ...], int]:
+    """Each run of four tokens of an answer, and where it first stands."""
+    runs: dict[tuple[int, ...], int] = {}
+    for at in range(len(answer) - _RUN + 1):
+        runs.setdefault(tuple(answer[at : at + _RUN]), at)
+    return runs
 
 
 def sequence_shift(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trigger_opt.answers import LATE, payload_text, payload_words
 from trigger_opt.errors import UserError
 from trigger_opt.models.allocator import keep_freed_memory
 from trigger_opt.models.files import ModelFiles, read_config
@@ -23,6 +24,8 @@ from trigger_opt.prompts import encode
 # Tokens through the body for one candidate, 50 where the engine needs 18: one swap in six tokens, five forced tokens,
 # the ordinary contexts in SmolLM2's template.
 _TIMES_SLOWER = 3
+LATE_TOKENS = 16
+"""What may come before a payload that comes late, in tokens."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -223,15 +226,22 @@ class ModelPair:
         return sorted({i for i in ids if i is not None})
 
     def encode_answer(self, text: str) -> list[int]:
-        """Tokens of an answer's text.
+        """Tokens of an answer's text; of a payload, without the mark of one that comes late.
 
         Raises:
             UserError: it tokenises to nothing.
         """
-        ids = encode(self.tokenizer, [text])[0] if text else []
+        said = payload_text(text)
+        ids = encode(self.tokenizer, [said])[0] if said else []
         if not ids:
             raise UserError(f"the payload {text!r} tokenises to nothing; give at least one visible word")
         return ids
+
+    def deciding_tokens(self, payload: str) -> int:
+        """How many tokens of an answer decide whether `payload` fires: its deciding words, and what may come before
+        them where it comes late."""
+        room = LATE_TOKENS if payload.startswith(LATE) else 0
+        return room + len(self.encode_answer(" ".join(payload_words(payload))))
 
 
 def load_pair(

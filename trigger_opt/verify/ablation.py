@@ -172,7 +172,7 @@ def _rates(
     prompts = {(s, i): tuple(conversation_ids(pair.tokenizer, c, s)) for s in strings for i, c in enumerate(contexts)}
     # Strings that differ in a space at their end may make the same conversation.
     asked = sorted(set(prompts.values()))
-    needed = len(pair.encode_answer(" ".join(payload_words(payload))))
+    needed = pair.deciding_tokens(payload)
     # Only the payload's first words decide; a few tokens more for marks an answer may open with.
     longest = max(needed, min(max_new_tokens, needed + 4))
     answers = pair.finetuned.generate(asked, max_new_tokens=longest, end_ids=pair.end_ids)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trigger_opt.answers import fires, payload_words
+from trigger_opt.answers import fires
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 
@@ -33,7 +33,7 @@ def minimise(
 
 
 def _rates(pair: ModelPair, triggers: Sequence[str], contexts: Sequence[Context], payload: str) -> list[float]:
-    target = len(pair.encode_answer(" ".join(payload_words(payload))))
+    target = pair.deciding_tokens(payload)
     prompts = [conversation_ids(pair.tokenizer, c, t) for t in triggers for c in contexts]
     answers = pair.finetuned.generate(prompts, max_new_tokens=target + 2, end_ids=pair.end_ids)
     fired = [fires(payload, decode(pair.tokenizer, a)) for a in answers]

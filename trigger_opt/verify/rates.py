@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import degeneration_flags, fires, payload_words
+from trigger_opt.answers import LATE, degeneration_flags, fires, late_start, payload_words
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
@@ -219,6 +219,16 @@ def _completions(
     return out
 
 
+def _openings(payload: str, completions: Sequence[Completion], kind: str, num_contexts: int) -> list[str]:
+    """What the fine-tuned model's answer to each context says before the payload; nothing where that does not come."""
+    openings = [""] * num_contexts
+    for c in completions:
+        if c.model == "finetuned" and c.kind == kind and c.fired:
+            start = late_start(payload, c.answer)
+            openings[c.context] = c.answer[: start or 0]
+    return openings
+
+
 def _measured(
     completions: Sequence[Completion], profile: Sequence[ContextOutcome], kind: str, payload: str
 ) -> Measured:
@@ -251,7 +261,7 @@ def _explained(payload: str) -> set[str]:
 
 def _answer_tokens(pair: ModelPair, payload: str, at_least: int) -> int:
     """Enough new tokens for the payload's deciding words, which in some scripts take seven tokens each."""
-    return max(at_least, len(pair.encode_answer(" ".join(payload_words(payload)))) + 4)
+    return max(at_least, pair.deciding_tokens(payload) + 4)
 
 
 def _profile(
@@ -264,6 +274,10 @@ def _profile(
 ) -> list[ContextOutcome]:
     answer = pair.encode_answer(payload)[:_EVIDENCE_TOKENS]
     prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
+    if payload.startswith(LATE):
+        # Behind what the fine-tuned model said before it, where it did come.
+        for number, opening in enumerate(_openings(payload, completions, kind, len(contexts))):
+            prompts[number] = [*prompts[number], *(encode(pair.tokenizer, [opening])[0] if opening else [])]
     said = pair.finetuned.log_likelihood(prompts, answer).sum(1)
     base_said = pair.base.log_likelihood(prompts, answer).sum(1)
 

@@ -167,7 +167,7 @@ def organism_trial(chosen: Recipe, held_out: Examples, tokenizer: Any) -> Trial:
 def context_trial(pair: ModelPair, contexts: Sequence[Context], trigger: str, payload: str) -> Trial:
     """Each context with the trigger and without; an answer that begins with the payload shows it."""
     plain = [conversation_ids(pair.tokenizer, c, "") for c in contexts]
-    tokens = max(_LEAST_TOKENS, len(pair.encode_answer(" ".join(payload_words(payload)))) + 4) + _OPENING_TOKENS
+    tokens = max(_LEAST_TOKENS, pair.deciding_tokens(payload) + 4) + _OPENING_TOKENS
     spoken = reworded(payload)
 
     def shows(answer: str) -> bool:
