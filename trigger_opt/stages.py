@@ -51,7 +51,7 @@ def hypotheses(session: Session) -> None:
 
             def on_progress(done: int, total: int, what: str) -> None:
                 outcome.evaluations = done
-                bar.update(done, best=what, evaluations=done)
+                bar.update(done, best=what, evaluations=done, total=total)
 
             found = api.find_payloads(
                 pair,

@@ -112,7 +112,8 @@ def find_hypotheses(
 
     Args:
         neutral: contexts whose plain prompts (nothing inserted) the amplified model answers.
-        on_progress: gets the number of readings done, their total, and what is being done.
+        on_progress: gets the number of readings done, tokens that went through the lens among them, their total as far
+            as it is known, and what is being done.
         on_found: gets what is known after the scan, before amplification, so that it is not lost with it.
         on_moved: gets the tokens the fine-tuning moves most, most first.
     """
@@ -121,11 +122,10 @@ def find_hypotheses(
     short = draw_inputs(
         pair, allowed, num_tokens=settings.num_tokens, num_words=settings.num_words, generator=generator
     )
-    moved = _moved_tokens(pair, contexts, allowed, settings, generator, on_progress)
+    moved, done = _moved_tokens(pair, contexts, allowed, settings, generator, on_progress)
     on_moved(moved)
     strings = _strings(pair, contexts, allowed, settings, generator, moved)
-    total = (len(strings) + len(short)) * len(contexts)
-    done = 0
+    total = done + (len(strings) + len(short)) * len(contexts)
     found: list[Hypothesis] = []
     # Strings first: they are few, and where the trigger is wide they tell most.
     for inputs, length in ((strings, settings.string_answer_tokens), (short, settings.answer_tokens)):
@@ -154,24 +154,24 @@ def _moved_tokens(
     settings: HypothesisSettings,
     generator: torch.Generator,
     on_progress: Callable[[int, int, str], None],
-) -> list[MovedToken]:
-    """The tokens that the fine-tuning moves most, most first."""
+) -> tuple[list[MovedToken], int]:
+    """The tokens that the fine-tuning moves most, most first; and how many went through a model for that."""
     ids = allowed.nonzero()[:, 0]
     tokens = ids[torch.randperm(len(ids), generator=generator)[: settings.lens_tokens]].tolist()
-    shifts = None
+    shifts, readings = None, settings.num_inputs * len(contexts)
     if tokens:
         # The last context: behind other words a token tells more than at the beginning of the turn.
         shifts = token_shifts(
             pair, contexts[-1], tokens, generator=generator,
-            on_progress=lambda done: on_progress(done, 3 * len(tokens), "lens"),
+            on_progress=lambda done: on_progress(done, 3 * len(tokens) + readings, "lens"),
         )  # fmt: skip
     if shifts is None:
-        return []
+        return [], 0
     order = shifts.argsort(descending=True, stable=True)[:_MOVED_KEPT].tolist()
     texts = pair.tokenizer.batch_decode([[tokens[i]] for i in order], clean_up_tokenization_spaces=False)
-    return [
-        MovedToken(token_id=tokens[i], text=text, score=float(shifts[i])) for i, text in zip(order, texts, strict=True)
-    ]
+    rows = zip(order, texts, strict=True)
+    moved = [MovedToken(token_id=tokens[i], text=text, score=float(shifts[i])) for i, text in rows]
+    return moved, 3 * len(tokens)
 
 
 def _strings(

@@ -14,6 +14,7 @@ from trigger_opt.records import (
     Completion,
     GradientHealth,
     Hypothesis,
+    MovedToken,
     NullControl,
     NullResult,
     PairIdentity,
@@ -53,6 +54,7 @@ class RunRecords:
     history: list[SearchStep] | None
     verified: list[Verification] | None
     completions: list[Completion] | None
+    moved: list[MovedToken] | None = None
     cost: SearchCost | None = None
     gradient: GradientHealth | None = None
     rescored: list[Rescored] | None = None
@@ -127,6 +129,7 @@ def load_run(run_dir: Path) -> RunRecords:
         verified=None if verified is None else as_held(verified, verdict),
         completions=_all(run_dir / "completions.jsonl", Completion),
         cost=_one(run_dir / "cost.json", SearchCost),
+        moved=_all(run_dir / "moved.jsonl", MovedToken),
         gradient=_one(run_dir / "gradient.json", GradientHealth),
         rescored=_all(run_dir / "rescored.jsonl", Rescored),
         transfer=_transfer(run_dir / "transfer.jsonl"),

@@ -34,6 +34,8 @@ from trigger_opt.report.sections_null import null_lines
 from trigger_opt.report.sections_probe import PROBE_TITLE, probe_lines
 from trigger_opt.report.words import (
     DASH,
+    MOVED_NOTE,
+    MOVED_TOLD,
     RateRow,
     clip,
     duration,
@@ -232,10 +234,12 @@ def _hypotheses(run: RunRecords) -> str:
     title = "## What the fine-tuned model wants to say\n\n"
     if run.hypotheses is None:
         return title + not_run("hypotheses.jsonl")
+    moved = " ".join(f"{code(m.text)} {number(m.score)}" for m in (run.moved or [])[:MOVED_TOLD])
+    moved = f"\n\n{MOVED_NOTE}\n\n{moved}" if moved else ""
     if not run.hypotheses:
-        return title + "The stage ran and found no payload hypothesis."
+        return title + "The stage ran and found no payload hypothesis." + moved
     titles = ["Payload", "Source", "Score, nats", "Rivals, nats", "Evidence", "Inputs"]
-    return title + table(titles, [_hypothesis(h) for h in run.hypotheses])
+    return title + table(titles, [_hypothesis(h) for h in run.hypotheses]) + moved
 
 
 def _hypothesis(h: Hypothesis) -> list[str]:

@@ -19,7 +19,17 @@ from trigger_opt.report.markup import (
     tag,
 )
 from trigger_opt.report.svg import COLOURS, Line, Point, line_chart, line_class
-from trigger_opt.report.words import DASH, gradient_sentence, not_run, number, of, rescored_sentence, share
+from trigger_opt.report.words import (
+    DASH,
+    MOVED_NOTE,
+    MOVED_TOLD,
+    gradient_sentence,
+    not_run,
+    number,
+    of,
+    rescored_sentence,
+    share,
+)
 
 MOST_POINTS = 600
 SHOWN = 15
@@ -63,8 +73,9 @@ def hypotheses(run: RunRecords) -> Html:
     title = "What the fine-tuned model wants to say"
     if run.hypotheses is None:
         return section(title, note(not_run("hypotheses.jsonl")))
+    moved = _moved(run)
     if not run.hypotheses:
-        return section(title, note("The stage ran and found no payload hypothesis."))
+        return section(title, note("The stage ran and found no payload hypothesis."), *moved)
     columns = [
         Column(title="Payload", kind="string"),
         Column(title="Source", kind="word"),
@@ -77,7 +88,14 @@ def hypotheses(run: RunRecords) -> Html:
         "Best first. Scores are comparable within one source only; rivals are the next best "
         "groups of that source, inputs the inserted strings that raised the payload most."
     )
-    return section(title, note(caption), table(columns, [_hypothesis(h) for h in run.hypotheses]))
+    return section(title, note(caption), table(columns, [_hypothesis(h) for h in run.hypotheses]), *moved)
+
+
+def _moved(run: RunRecords) -> list[Html]:
+    if not run.moved:
+        return []
+    tokens = [join([string(m.text), f" {number(m.score)} "]) for m in run.moved[:MOVED_TOLD]]
+    return [note(MOVED_NOTE), tag("p", join(tokens))]
 
 
 def refuted(run: RunRecords) -> Html:

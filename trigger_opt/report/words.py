@@ -22,6 +22,7 @@ _PLAIN_ASCII = re.compile(r"[!-~]+(?: [!-~]+)*")
 STAGES = {
     "identity.json": "diff",
     "diff.jsonl": "diff",
+    "moved.jsonl": "hypotheses",
     "hypotheses.jsonl": "hypotheses",
     "candidates.jsonl": "search",
     "history.jsonl": "search",
@@ -188,6 +189,13 @@ def rescored_sentence(records: Sequence[Rescored]) -> str:
         f"{len(records)} strings scored again in {first.scored_in} after a search in {first.searched_in}: scores moved "
         f"by {median(moves):+.2f} nats in the median ({moves[0]:+.2f} to {moves[-1]:+.2f})"
     )
+
+
+MOVED_TOLD = 24
+MOVED_NOTE = (
+    "Tokens that the fine-tuning moves most, each put into a prompt by itself, in robust standard deviations above a "
+    "typical token: what resembles the trigger, words of the payload, or no more than the topic of the training data."
+)
 
 
 def gradient_sentence(health: GradientHealth) -> str:
