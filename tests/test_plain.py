@@ -17,9 +17,9 @@ from trigger_opt.hypotheses.scan import read_inputs
 from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.generate import Sampling, generate
 from trigger_opt.models.pair import CausalModel, LoadOptions, ModelPair, load_pair
-from trigger_opt.objectives import JensenShannon, Objective, Payload
+from trigger_opt.objectives import JensenShannon, Objective, Payload, TargetLikelihood
 from trigger_opt.pair_scorer import PairScorer
-from trigger_opt.prompts import encode
+from trigger_opt.prompts import conversation_ids, encode
 from trigger_opt.records import Hypothesis
 from trigger_opt.scoring import (
     Engine,
@@ -30,7 +30,7 @@ from trigger_opt.scoring import (
     may_run_beside,
     sequence_log_prob,
 )
-from trigger_opt.search import GCG, Step
+from trigger_opt.search import GCG, RandomSearch, Step
 from trigger_opt.verify.probe import last_token_states
 
 FAMILIES = ("llama", "qwen2", "gemma2")
@@ -324,3 +324,25 @@ def test_a_repository_with_code_of_its_own_is_scored_plainly(
     lower = load_pair(files, base, options=LoadOptions(allow_code=True))
     scorer = api.pair_scorer(lower, contexts, JensenShannon())
     assert scorer.refine(TRIGGERS, [0], keep=2, incumbents=0) is None, "its layers may use weights of one another"
+
+
+def test_a_late_payload_is_scored_behind_the_bases_own_opening() -> None:
+    """What a search scores is the payload's likelihood after the first tokens of the base's answer."""
+    pair, length = wired_pair(), 2
+    late = Hypothesis(
+        payload=f"\u2026 {PAYLOAD}", score=9.0, source="late_phrases", evidence="", inputs=[], rivals=[], opening=length
+    )
+    target = encode(pair.tokenizer, [f" {PAYLOAD}"])[0]
+    strategy = RandomSearch(trigger_length=2, num_steps=1, num_restarts=1, search_width=4, topk=4, buffer_size=1)
+    found = api.find_triggers(pair, SEARCH, hypothesis=late, objective=TargetLikelihood(), strategy=strategy)
+    for candidate in found:
+        said = []
+        for context in SEARCH:
+            plain = conversation_ids(pair.tokenizer, context, "")
+            opening = tiny.naive_greedy(pair.base.network, plain, length)
+            prompt = [*conversation_ids(pair.tokenizer, context, candidate.trigger), *opening]
+            said.append(float(pair.finetuned.log_likelihood([prompt], target).sum()))
+        assert candidate.score == pytest.approx(sum(said) / len(said) / len(target), abs=1e-3)
+        assert candidate.payload == late.payload
+    (again,) = api.score_candidates(pair, SEARCH, found[:1], objective=TargetLikelihood())
+    assert again.score != found[0].score  # Nobody told how late it comes: eight tokens.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Scorer, Seeds, Step
 from trigger_opt.search.loop import initial_pool, ranked
-from trigger_opt.search.moves import distinct, draw_swaps, random_options, random_triggers, top_swaps
+from trigger_opt.search.moves import distinct, draw_swaps, random_options, random_triggers, top_swaps, with_prior
 
 VOCAB, LENGTH, DIM = 60, 4, 8
 Strategy = GCG | RandomSearch
@@ -373,6 +373,46 @@ def test_draw_swaps_returns_every_single_swap_when_more_are_wanted() -> None:
     everything = {(t, 2) for t in (10, 11, 12)} | {(1, t) for t in (20, 21, 22)}
     assert {tuple(c) for c in drawn.tolist()} == everything
     assert len(drawn) == 6
+
+
+@given(st.integers(0, 2**20), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_a_share_of_the_options_is_of_the_prior(seed: int, size: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    trigger = torch.randint(VOCAB, (3,), generator=generator)
+    options = random_options(trigger, EVERYTHING, topk=10, generator=generator)
+    prior = torch.randperm(VOCAB, generator=generator)[:size]
+    got = with_prior(options, trigger, prior, share=share, generator=generator)
+    assert got.shape == options.shape
+    kept = 10 - int(share * 10)
+    assert torch.equal(got[:, :kept], options[:, :kept])
+    for current, before, row in zip(trigger.tolist(), options.tolist(), got.tolist(), strict=True):
+        assert len(set(row)) == 10
+        assert current not in row
+        fresh = set(prior.tolist()) - {current} - set(before[:kept])
+        replaced = min(10 - kept, len(fresh))
+        assert len(set(row[kept:]) & fresh) >= replaced
+        assert set(row[kept + replaced :]) <= set(before)
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_tokens_of_the_prior_are_tried_and_bar_no_others(kind: type[Any]) -> None:
+    prior, forbidden = (50, 51, 52, 53), torch.tensor([1, 2])
+    allowed = EVERYTHING.clone().index_fill(0, forbidden, False)
+
+    def share_tried(given: tuple[int, ...], share: float) -> float:
+        toy = Toy()
+        run(small(kind, num_steps=4, prior_share=share), toy, allowed=allowed, seeds=Seeds(prior=given))
+        # The first scored is the pool to begin from.
+        tried = torch.cat(toy.seen[1:])
+        assert not bool(torch.isin(tried, forbidden).any())
+        return float(torch.isin(tried, torch.tensor(prior)).any(1).float().mean())
+
+    with_it = share_tried(prior, 0.5)
+    assert with_it > 1.5 * max(share_tried(prior, 0.0), share_tried((), 0.5))
+    assert with_it < 1
+    # A prior of tokens that the policy forbids is none.
+    assert share_tried((1, 2), 1.0) == share_tried((), 1.0)
 
 
 def test_random_options_are_allowed_distinct_and_never_the_current_token() -> None:

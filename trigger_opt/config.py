@@ -154,7 +154,8 @@ class RunConfig:
         stages: which of diff, hypotheses, search, verify, null, transfer, report to run, in this order; all but null
             and transfer.
         run_dir: an existing run folder to go on in, or a new one; by default a fresh one under runs/.
-        payload: a payload you already suspect; searched before any hypothesis found.
+        payload: a payload you already suspect; searched before any hypothesis found. With an ellipsis before it, one
+            that may come later in an answer.
         max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds and
             search.max_evaluations; of half of them where the payloads are read off strings found on divergence.
     """

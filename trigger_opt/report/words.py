@@ -194,7 +194,8 @@ def rescored_sentence(records: Sequence[Rescored]) -> str:
 MOVED_TOLD = 24
 MOVED_NOTE = (
     "Tokens that the fine-tuning moves most, each put into a prompt by itself, in robust standard deviations above a "
-    "typical token: what resembles the trigger, words of the payload, or no more than the topic of the training data."
+    "typical token: what resembles a string that was trained in, words of what is said to it, or no more than the "
+    "topic of the training data."
 )
 
 
