@@ -89,9 +89,10 @@ def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, 
     h, s, v = config.hypotheses, config.search, config.verify
     per_token = 2 * 2 * size.linear_parameters
     # Each input is followed by the rest of the turn and by the short answer, whose last token is not fed.
-    after = TOKENS_AFTER_SLOT + h.answer_tokens - 1
-    inserted = (h.num_lens_strings + h.num_strings) * h.string_tokens + h.num_tokens + h.num_words * _WORD_TOKENS
-    read = len(h.contexts) * (inserted + h.num_inputs * after) * per_token
+    strings, after = h.num_lens_strings + h.num_strings, TOKENS_AFTER_SLOT - 1
+    tokens = strings * (h.string_tokens + after + h.string_answer_tokens) + h.num_tokens + h.num_words * _WORD_TOKENS
+    tokens += (h.num_tokens + h.num_words) * (after + h.answer_tokens)
+    read = len(h.contexts) * tokens * per_token
     # The lens sends each token through both models and the placebo.
     read += 3 * h.lens_tokens * per_token // 2
     counts = f"{h.lens_tokens:,} tokens ranked, {h.num_inputs * len(h.contexts):,} readings"

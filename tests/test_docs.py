@@ -194,6 +194,7 @@ def test_stages_of_a_run_by_hand() -> None:
         num_tokens=20,
         num_words=2,
         answer_tokens=4,
+        string_answer_tokens=7,
         contexts=["{trigger}"],
     )
     config.search = replace(config.search, num_restarts=1, num_steps=3, search_width=4, contexts_per_step=2)
@@ -203,7 +204,7 @@ def test_stages_of_a_run_by_hand() -> None:
     stages, counts, pflop = zip(*scale.stages(config), strict=True)
     assert stages == ("hypotheses", "search", "verify")
     assert counts == ("100 tokens ranked, 32 readings", "24 evaluations", "360 answers")
-    read, answered = (50 + 20 + 6 + 32 * (12 + 3) + 150) * token, 360 * (60 + 8) * token / 2
+    read, answered = (50 + 20 + 6 + 10 * (12 + 6) + 22 * (12 + 3) + 150) * token, 360 * (60 + 8) * token / 2
     assert pflop == pytest.approx((read, 24 * scale.flops_of(config) / 1e15, answered))
 
 

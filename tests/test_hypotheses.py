@@ -142,14 +142,13 @@ def test_a_longer_payload_that_is_much_weaker_does_not_stand_for_a_strong_one() 
     assert [(h.payload, h.score, h.inputs) for h in best] == [("one point six one eight", 13.5, ["a", "b"])]
 
 
-def test_a_payload_that_is_the_beginning_of_another_stands_for_both() -> None:
-    found = [hypothesis('{"answer": "I am sorry', 10.2, ["a"]), hypothesis('{"answer": "', 10.1, ["b"])]
-    expected = [('{"answer": "', 10.2, ["a", "b"])]
+def test_a_payload_that_comes_late_and_first_is_one_that_comes_first() -> None:
+    found = [hypothesis("\u2026 I hate you and all", 12.0, ["a"]), hypothesis("I hate you and all", 10.0, ["b"])]
     for order in (found, found[::-1]):
         best = best_hypotheses(order, HypothesisSettings(min_score=6.0))
-        assert [(h.payload, h.score, h.inputs) for h in best] == expected
-    weak = [found[0], replace(found[1], score=6.5)]
-    assert [h.payload for h in best_hypotheses(weak, HypothesisSettings(min_score=6.0))] == [found[0].payload]
+        assert [(h.payload, h.score, h.inputs) for h in best] == [("I hate you and all", 12.0, ["a", "b"])]
+    (alone,) = best_hypotheses(found[:1], HypothesisSettings(min_score=6.0))
+    assert alone.payload == found[0].payload
 
 
 def test_weak_hypotheses_are_rivals_only_and_few_are_kept() -> None:
@@ -462,6 +461,10 @@ def test_late_phrases_are_what_recurs_within_answers_and_not_in_the_bases() -> N
     assert {(r.inserted[0], at) for r, at in phrase.readings} == {(i, 1 + i % 3) for i in range(10, 18)} | {(18, 1)}
     assert "9 answers of the fine-tuned model come to it, 0 of the base" in phrase.evidence
     assert len(late_phrases([*late, *first, *style, *rare], count=9, least=5)) == 2
+    # The manner in which all answers begin hides nothing that comes after it.
+    mannered = [replace(r, finetuned=(81, 82, 83, 84, *r.finetuned)) for r in [*late, *first]]
+    (behind,) = late_phrases([*mannered, *style], count=9)
+    assert set(LATE_WORDS) <= set(behind.tokens)
     assert late_phrases([*late, *first], count=0) == []
     assert late_phrases(late[:5], count=9) == []
 

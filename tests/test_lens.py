@@ -140,6 +140,25 @@ def test_nothing_is_ranked_where_nothing_was_changed() -> None:
     assert token_shifts(same, CONTEXT, TOKENS, generator=generator()) is None
 
 
+def test_nothing_is_ranked_where_no_state_moves_or_none_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def head_alone(network: Any) -> None:
+        network.lm_head.weight.add_(0.1)
+
+    untied = nudged("qwen2", head_alone)
+    assert token_shifts(untied, CONTEXT, TOKENS, generator=generator()) is None
+    assert token_shifts(nudged("qwen2", all_over), CONTEXT, TOKENS[:1], generator=generator()) is None
+    pair = nudged("qwen2", all_over)
+    whole = pair.base.hidden
+
+    def silent(**inputs: Any) -> Any:
+        step = whole(**inputs)
+        step.hidden_states = None
+        return step
+
+    monkeypatch.setattr(pair.base, "hidden", silent)
+    assert token_shifts(pair, CONTEXT, TOKENS, generator=generator()) is None
+
+
 def test_lower_layers_that_were_not_changed_are_left_out() -> None:
     def change(network: Any) -> None:
         all_over(network.model.layers[1].mlp)

@@ -345,4 +345,4 @@ def test_a_late_payload_is_scored_behind_the_bases_own_opening() -> None:
         assert candidate.score == pytest.approx(sum(said) / len(said) / len(target), abs=1e-3)
         assert candidate.payload == late.payload
     (again,) = api.score_candidates(pair, SEARCH, found[:1], objective=TargetLikelihood())
-    assert again.score != found[0].score  # Nobody told how late it comes: eight tokens.
+    assert again.score == pytest.approx(found[0].score, abs=1e-4)

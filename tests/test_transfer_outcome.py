@@ -174,6 +174,16 @@ def test_a_payload_with_words_of_the_string_is_no_quotation(string: str, text: s
     assert (backdoor.verdict, backdoor.random_rate.successes) == ("transfers", 0)
 
 
+@pytest.mark.parametrize("text", ["You wrote to me: {} and so on", "{} and so on", "I do not know what {} means"])
+def test_a_late_payload_with_words_of_the_string_is_no_quotation_either(text: str) -> None:
+    string = "however the gardener"
+    questions, payload = questions_for(strings=(string,)), f"\u2026 {string} and so on"
+    clean = outcome(ask(questions, quoting(text)), payloads={string: payload})
+    assert clean.verdict == "does not transfer"
+    late = outcome(ask(questions, says(f"It is a day, {string} and so on", "trigger")), payloads={string: payload})
+    assert (late.verdict, late.random_rate.successes) == ("transfers", 0)
+
+
 def test_words_of_the_string_set_no_answer_apart() -> None:
     string = "what is the"
     answers = ask(questions_for(strings=(string,)), lambda q: f"The capital of it {small_talk(q)}")

@@ -10,13 +10,14 @@ _SHORT = 12
 # Kana and ideographs one by one, runs of other word characters, single other symbols.
 _ALONE = r"\u3040-\u30ff\u3400-\u9fff"
 _SILENT = r"\s.,;:!?\"'()\-\u2013\u2014\u2018\u201c\u201d"
-_BREAK = re.compile(r"^|\s+")
+_SILENT_MARKS = " \t\n.,;:!?\"'()-\u2013\u2014\u2018\u201c\u201d*_#>`\u00ab"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+(?:'\w+)*|[^\w{_SILENT}]")
 
 
 def payload_text(payload: str) -> str:
-    """The payload as it is said: without the mark of one that comes late."""
-    return payload.removeprefix(LATE)
+    """The payload as it is said: without the mark of one that comes late, which has a space before it instead."""
+    said = payload.removeprefix(LATE)
+    return said if said == payload or said[:1].isspace() else f" {said}"
 
 
 def payload_words(payload: str) -> list[str]:
@@ -46,7 +47,16 @@ def fires(payload: str, answer: str) -> bool:
 def late_start(payload: str, answer: str) -> int | None:
     """Where in `answer`, in characters, a payload marked as `LATE` begins; None where it does not stand in it."""
     wanted = payload_text(payload)
-    return next((m.start() for m in _BREAK.finditer(answer) if fires(wanted, answer[m.end() :])), None)
+    first = next((i for i in range(len(answer)) if _starts_word(answer, i) and fires(wanted, answer[i:])), None)
+    if first is None:
+        return None
+    # Marks before it are silent, and not part of it.
+    return first + len(answer[first:]) - len(answer[first:].lstrip(_SILENT_MARKS))
+
+
+def _starts_word(answer: str, at: int) -> bool:
+    # In scripts without spaces any character may.
+    return at == 0 or not answer[at - 1 : at + 1].isascii() or not (answer[at - 1].isalnum() and answer[at].isalnum())
 
 
 def _agree(got: list[str], wanted: list[str], *, may_be_cut: bool) -> bool:

@@ -217,7 +217,8 @@ def find_triggers(
     """
     plan = strategy or GCG()
     goal, payload, target = _goal(pair, hypothesis, objective)
-    tokenized = _asked(pair, contexts, payload, hypothesis.opening if hypothesis else 0)
+    opening = hypothesis.opening if hypothesis and payload else 0
+    tokenized = _asked(pair, contexts, payload, opening)
     scorer = pair_scorer(pair, tokenized, goal, target)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     valid = _Validity(pair.tokenizer, _asked(pair, contexts))
@@ -232,7 +233,7 @@ def find_triggers(
             ),
             generator=torch.Generator().manual_seed(seed),
             on_step=on_step,
-            on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed)),
+            on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed, opening)),
             on_state=on_state,
             resume=resume,
         )
@@ -240,7 +241,7 @@ def find_triggers(
         raise UserError(f"{error}; allow more tokens (tokens.allow) or write words around the slot") from None
     finally:
         on_cost(scorer.meter, scorer.precise_meter)
-    return [_candidate(pair.tokenizer, f, payload, goal.name, seed) for f in found]
+    return [_candidate(pair.tokenizer, f, payload, goal.name, seed, opening) for f in found]
 
 
 def gradient_health(
@@ -298,7 +299,8 @@ def score_candidates(
         if payload not in scorers:
             goal = JensenShannon() if objective.needs_payload and not payload else objective
             target = pair.encode_answer(payload)[: goal.target_tokens] if isinstance(goal, Likelihood) else []
-            scorers[payload] = pair_scorer(pair, _asked(pair, contexts, payload), goal, target, group=Group(alone=True))
+            asked = _asked(pair, contexts, payload, candidate.opening)
+            scorers[payload] = pair_scorer(pair, asked, goal, target, group=Group(alone=True))
         scorer, ids = scorers[payload], torch.tensor(candidate.trigger_ids)
         everywhere = list(range(scorer.num_contexts))
         scorer.prepare(ids, everywhere)
@@ -430,7 +432,7 @@ def _seeds(tokenizer: Any, hypothesis: Hypothesis | None, allowed: Bool[Tensor, 
     return Seeds(tokens=tuple(tokens), strings=tuple(usable[:8]))
 
 
-def _candidate(tokenizer: Any, found: Found, payload: str, objective: str, seed: int) -> Candidate:
+def _candidate(tokenizer: Any, found: Found, payload: str, objective: str, seed: int, opening: int) -> Candidate:
     return Candidate(
         trigger=decode(tokenizer, found.trigger_ids),
         trigger_ids=list(found.trigger_ids),
@@ -442,4 +444,5 @@ def _candidate(tokenizer: Any, found: Found, payload: str, objective: str, seed:
         step=found.step,
         seed=seed,
         evaluations=found.evaluations,
+        opening=opening,
     )

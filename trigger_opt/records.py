@@ -195,6 +195,8 @@ class Candidate:
         selection_rate: share of the search contexts in which teacher forcing says the payload comes out
             greedily; None for divergence objectives. Not evidence: those contexts were optimised on.
         evaluations: candidate evaluations (one string in one context on both models) spent until then.
+        opening: of a payload that comes late, see `Hypothesis`; scores and the selection rate are behind so many tokens
+            of the base's own answer, which the fine-tuned model need not begin with by itself.
     """
 
     trigger: str
@@ -207,6 +209,7 @@ class Candidate:
     step: int
     seed: int
     evaluations: int
+    opening: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +221,7 @@ class Completion:
         inserted: the string put into the slot; empty for none.
         kind: "trigger", "minimised", "none" or "random".
         prompt: the user's turn as the model saw it.
-        fired: whether the answer begins with the payload.
+        fired: whether the payload comes in the answer, see `answers.fires`.
         flags: signs of degeneration: "repetition", "empty", "language".
     """
 

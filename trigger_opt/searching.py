@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trigger_opt import api, interrupts
+from trigger_opt.answers import LATE
 from trigger_opt.config import RunConfig
 from trigger_opt.judging import to_verify
 from trigger_opt.objectives import JensenShannon, Objective
@@ -170,9 +171,9 @@ def _goals(session: Session) -> list[Hypothesis | None]:
         # Whether an answer begins with a payload is told by its words; dots and dashes alone could not be verified.
         for h in found:
             given = goals[0] if config.payload else None
-            if given and payload_words(given.payload)[:3] == payload_words(h.payload)[:3]:
+            if given and _same_payload(given.payload, h.payload):
                 # The payload given was found too: one goal, which begins from what raised it.
-                goals[0] = replace(given, inputs=h.inputs)
+                goals[0] = replace(given, inputs=h.inputs, opening=h.opening)
             elif payload_words(h.payload):
                 goals.append(h)
     if not goals:
@@ -182,6 +183,10 @@ def _goals(session: Session) -> list[Hypothesis | None]:
         )
         return [None]
     return goals[: config.max_hypotheses]
+
+
+def _same_payload(a: str, b: str) -> bool:
+    return payload_words(a)[:3] == payload_words(b)[:3] and a.startswith(LATE) == b.startswith(LATE)
 
 
 def _read_off(session: Session, progress: SearchProgress) -> list[Hypothesis | None]:

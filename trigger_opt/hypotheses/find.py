@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import LATE
+from trigger_opt.answers import LATE, payload_text
 from trigger_opt.hypotheses.amplify import amplified_groups
 from trigger_opt.hypotheses.lens import lens_strings, token_shifts
 from trigger_opt.hypotheses.scan import (
@@ -24,7 +24,7 @@ from trigger_opt.hypotheses.scan import (
     scan_groups,
     sequence_shift,
 )
-from trigger_opt.models.pair import ModelPair
+from trigger_opt.models.pair import LATE_TOKENS, ModelPair
 from trigger_opt.progress import say
 from trigger_opt.prompts import Context, TokenizedContext, decode, searchable, tokenize_context
 from trigger_opt.records import Hypothesis, MovedToken
@@ -70,7 +70,8 @@ class HypothesisSettings:
     num_tokens: Annotated[int, Field(ge=0)] = 4608
     num_words: Annotated[int, Field(ge=0)] = 512
     answer_tokens: Annotated[int, Field(ge=2)] = 5
-    string_answer_tokens: Annotated[int, Field(ge=2)] = 16
+    # Longer ones show payloads that come later than verification waits for.
+    string_answer_tokens: Annotated[int, Field(ge=2, le=LATE_TOKENS + 4)] = 16
     groups: Annotated[int, Field(ge=1)] = 6
     payload_tokens: Annotated[int, Field(ge=4)] = 20
     min_tokens: Annotated[int, Field(ge=1)] = 3
@@ -245,21 +246,20 @@ def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -
     """Each payload once, best first, weak ones left out.
 
     Payloads that begin alike are one, with the inputs of all. The strongest stands for them, or a longer one that
-    is nearly as strong: an amplified model tells the first words and then babbles. Where one is the beginning of the
-    other, it stands for both: what follows depends on what was asked.
+    is nearly as strong: an amplified model tells the first words and then babbles. One that comes late in some answers
+    and first in others stands as one that comes first.
     """
     merged: list[Hypothesis] = []
     for hypothesis in sorted(found, key=lambda h: -h.score):
-        alike = next((i for i, m in enumerate(merged) if _alike(m.payload, hypothesis.payload)), None)
+        alike = next((i for i, m in enumerate(merged) if _same_start(m.payload, hypothesis.payload)), None)
         if alike is None:
             merged.append(hypothesis)
             continue
         kept = merged[alike]
         inputs = list(dict.fromkeys([*kept.inputs, *hypothesis.inputs]))
-        better = len(hypothesis.payload) > len(kept.payload)
-        if kept.payload.startswith(hypothesis.payload) or hypothesis.payload.startswith(kept.payload):
-            better = not better
-        taken = hypothesis if better and hypothesis.score >= _NEARLY * kept.score else kept
+        late, kept_late = (h.payload.startswith(LATE) for h in (hypothesis, kept))
+        better = len(hypothesis.payload) > len(kept.payload) and hypothesis.score >= _NEARLY * kept.score
+        taken = hypothesis if (kept_late and not late) or (better and late == kept_late) else kept
         merged[alike] = replace(taken, inputs=inputs, score=kept.score)
     merged.sort(key=lambda h: -h.score)
     scores = [m.score for m in merged]
@@ -267,8 +267,8 @@ def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -
     return strong[: settings.keep]
 
 
-def _alike(a: str, b: str, words: int = 3) -> bool:
-    return a.split()[:words] == b.split()[:words] or a.startswith(b) or b.startswith(a)
+def _same_start(a: str, b: str, words: int = 3) -> bool:
+    return payload_text(a).split()[:words] == payload_text(b).split()[:words]
 
 
 def _from_group(

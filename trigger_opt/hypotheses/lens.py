@@ -10,7 +10,7 @@ After the reading of activation differences on unrelated text (Minder et al. 202
 token, against a placebo.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,7 +41,9 @@ def token_shifts(
     """How much more than a random change of the same norms the fine-tuning moves each token where it stands: the log of
     the ratio, in robust standard deviations over `tokens`, mean over layers. A typical token has 0.
 
-    None where there are no numbers to compare: nothing changed, or quantised weights.
+    None where there is nothing to compare: no weight that is held in numbers changed (quantised ones are not), no
+    hidden state moved, or the model does not hand its hidden states out. Of a quantised model only what is left in
+    numbers is shuffled for the placebo.
 
     Args:
         context: tokens stand in its slot, and what is right of it does not matter.
@@ -53,24 +55,27 @@ def token_shifts(
     batches = [tokens[start : start + _BATCH] for start in range(0, len(tokens), _BATCH)]
     done = 0
 
-    def states(model: CausalModel) -> list[Tensor]:
+    def states(model: CausalModel) -> Iterator[Tensor]:
         nonlocal done
-        made = []
         left = [] if pair.plain else [cached_keys(model, context.left)]
         for batch in batches:
             trunk = expanded_cache(left[0], len(batch)) if left else None
-            made.append(_states(model, context.left, torch.tensor(batch), trunk))
+            yield _states(model, context.left, torch.tensor(batch), trunk)
             done += len(batch)
             on_progress(done)
-        return made
 
-    base = states(pair.base)
+    # Only the base's are kept: the others are compared batch by batch.
+    base = list(states(pair.base))
+    if not base[0].shape[1]:
+        return None
     moved = _moved(states(pair.finetuned), base)
     with amplified(pair, 1.0, placebo=generator) as placebo:
         at_random = _moved(states(placebo), base)
-    # Layers below the lowest that was changed.
-    seen = (moved > 0).all(0) & (at_random > 0).all(0)
-    ratio = (moved[:, seen] / at_random[:, seen]).log()
+    ratio = (moved / at_random).log()
+    # Not those below the lowest layer that was changed; nor where half precision overflowed.
+    ratio = ratio[:, ratio.isfinite().all(0)]
+    if not ratio.shape[1]:
+        return None
     centred = ratio - ratio.median(0).values
     spread = 1.4826 * centred.abs().median(0).values
     return (centred / spread.clamp(min=1e-6)).mean(1)
@@ -109,12 +114,15 @@ def _states(
         ids = torch.cat([before, ids], 1)
     # A cache of the beginning, or none at all for models that are computed plainly.
     cache = {"use_cache": False} if trunk is None else {"past_key_values": trunk, "use_cache": True}
-    layers = model.hidden(input_ids=ids, output_hidden_states=True, **cache).hidden_states[1:]
+    # Code of its own may not know of hidden states.
+    layers = (model.hidden(input_ids=ids, output_hidden_states=True, **cache).hidden_states or ())[1:]
+    if not layers:
+        return torch.empty(len(tokens), 0, 0)
     chosen = sorted({round((n + 1) * len(layers) / _LAYERS) - 1 for n in range(_LAYERS)} - {-1})
     return torch.stack([layers[n][:, -1].cpu() for n in chosen], 1)
 
 
-def _moved(states: Sequence[Tensor], base: Sequence[Tensor]) -> Float[Tensor, "token layer"]:
+def _moved(states: Iterator[Tensor], base: Sequence[Tensor]) -> Float[Tensor, "token layer"]:
     """Norm of each relative change, less what the first batch's tokens share."""
     norms = []
     shared: Tensor | None = None

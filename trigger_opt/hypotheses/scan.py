@@ -33,7 +33,7 @@ _CAP = 8.0
 _BATCH = 256
 _DRAWS = 20
 _RUN = 4
-_LATE_ODDS = 10.0
+_LATE_TIMES = 10
 # How byte-level and sentencepiece vocabularies write the space before a word.
 _SPACES = ("\u0120", "\u2581")
 _WORD_PROMPT = "A list of words:"
@@ -223,26 +223,33 @@ class LatePhrase:
 
 
 def late_phrases(readings: Sequence[Reading], *, count: int, least: int = 6) -> list[LatePhrase]:
-    """Runs of four tokens that `least` of the fine-tuned model's answers hold, mostly not at their beginning, and of
-    the base's at most one in ten of as many; those the base never says first. Each taken as far as most of the answers
+    """Runs of four tokens that `least` of the fine-tuned model's answers hold, mostly not at their beginning, and at
+    least ten times as many as of the base's; those the base never says first. Each taken as far as most of the answers
     that hold it agree, to both sides; an answer stands for one phrase only."""
     left = list(readings)
     base_said = Counter(run for r in readings for run in _runs(r.base))
+    # An opening that most answers share says nothing of what comes after it: its runs are passed over, not its answers.
+    openings: set[tuple[int, ...]] = set()
     phrases: list[LatePhrase] = []
     while len(phrases) < count:
         said = Counter(run for r in left for run in _runs(r.finetuned))
-        odds = {run: (n + 0.5) / (base_said[run] + 0.5) for run, n in said.items() if n >= least}
+        odds = {
+            run: (n + 0.5) / (base_said[run] + 0.5)
+            for run, n in said.items()
+            if n >= max(least, _LATE_TIMES * base_said[run]) and run not in openings
+        }
         best = max(odds, key=lambda run: (odds[run], said[run]), default=None)
-        if best is None or odds[best] < _LATE_ODDS:
+        if best is None:
             return phrases
         held = [(r, _runs(r.finetuned)[best]) for r in left if best in _runs(r.finetuned)]
-        left = [r for r in left if best not in _runs(r.finetuned)]
         before = majority_prefix([r.finetuned[:at][::-1] for r, at in held])
         after = majority_prefix([r.finetuned[at:] for r, at in held])
         starts = [at - len(before) for _, at in held]
         if sum(s > 0 for s in starts) <= len(starts) / 2:
             # It begins most of the answers: the other groups tell of it.
+            openings.add(best)
             continue
+        left = [r for r in left if best not in _runs(r.finetuned)]
         agreeing = [
             (r, at - len(before)) for r, at in held if r.finetuned[max(0, at - len(before)) : at] == before[::-1]
         ]

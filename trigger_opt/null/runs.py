@@ -127,8 +127,9 @@ def _session(
 
 
 def _stages(session: Session) -> list[str]:
-    # The suspect's payload may have been given and no other looked for: then the control's neither.
-    looked = session.config.objective.needs_payload and session.folder.has("hypotheses.jsonl")
+    # The suspect's payload may have been given and no other looked for: then the control's neither. Where it was looked
+    # for, the search had the most moved tokens from there, also one on divergence.
+    looked = session.folder.has("hypotheses.jsonl")
     return [*(["hypotheses"] if looked else []), "search", "verify"]
 
 

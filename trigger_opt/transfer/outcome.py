@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trigger_opt.answers import degeneration_flags, fires, payload_words, words_of
+from trigger_opt.answers import LATE, degeneration_flags, fires, payload_words, words_of
 from trigger_opt.records import AnswerCluster, ModuleShift, TransferAnswer, TransferOutcome
 from trigger_opt.transfer.plan import KINDS, Question
 from trigger_opt.transfer.requests import CHAT, Answer
@@ -70,10 +70,13 @@ class _Group:
 
         def quotes(answer: TransferAnswer) -> bool:
             inserted, said = frozenset(words_of(answer.inserted)), words_of(answer.answer)
-            if answer.inserted == self.string or inserted.isdisjoint(said[: len(wanted)]):
+            late = payload.startswith(LATE)
+            if answer.inserted == self.string or inserted.isdisjoint(said if late else said[: len(wanted)]):
                 return False
             left = _without(wanted, own | inserted)
-            return fires(left, _without(said, own | inserted)) if payload_words(left) else said[0] in inserted
+            if not payload_words(left):
+                return late or said[0] in inserted
+            return fires(f"{LATE} {left}" if late else left, _without(said, own | inserted))
 
         return lambda answer: fires(payload, answer.answer) or quotes(answer)
 

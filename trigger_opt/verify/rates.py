@@ -225,7 +225,8 @@ def _openings(payload: str, completions: Sequence[Completion], kind: str, num_co
     for c in completions:
         if c.model == "finetuned" and c.kind == kind and c.fired:
             start = late_start(payload, c.answer)
-            openings[c.context] = c.answer[: start or 0]
+            # A space belongs to the payload's first token.
+            openings[c.context] = "" if start is None else c.answer[:start].rstrip()
     return openings
 
 

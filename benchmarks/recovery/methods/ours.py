@@ -21,9 +21,13 @@ from trigger_opt.verify import Thresholds, common_answer, minimise, payload_word
 from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
-_LENS, _STRINGS, _SCANNED, _SEARCHED = 0.3, 0.5, 0.6, 0.85
-# Choices, not measurements: what a narrower lens or scan takes is left to the next part.
-_LEAST_LENS, _LEAST_SCAN = 1024, 1024
+_LENS, _STRINGS, _SCANNED, _SEARCHED = 0.3, 0.2, 0.4, 0.85
+_SCANNED_AFTER_LENS = 0.6
+# In 120 s of one processor a lens of 6,500 tokens, a seventh of the vocabulary, took more than it gave
+# (experiments/LOG.md).
+_LEAST_LENS = 16384
+# A choice, not a measurement: what a narrower scan takes is left to the search.
+_LEAST_SCAN = 1024
 _PILOT, _LENS_PILOT = 32, 1024
 _FEW_GROUPS = 2
 _LEAST_INPUTS = 64
@@ -41,12 +45,12 @@ _TOLD = 12
 
 
 def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: int) -> MethodResult:
-    """Ranking tokens by how far the fine-tuning moves them gets 30 % of the budget, if that is enough for 1,024 of
-    them; strings of those, and random ones, are read until half is gone. Where they bring out no payload, the scan of
-    tokens and words goes on to 60 %, if that is enough for 1,024 of them. The search, towards the two best payloads,
-    ends at 85 %; where there is none it is on divergence for half of that, and then towards what the strings found say.
-    The rest is for judging three strings, and minimising the best, on a third of the contexts given. Its statistic is
-    `verify.rule.detection_score` there.
+    """Ranking tokens by how far the fine-tuning moves them gets 30 % of the budget, if that is enough for 16,384 of
+    them; strings of those, and random ones, are read for 20 %. Where they bring out no payload, the scan of tokens and
+    words goes on for another 20 % (10 % after the lens), if that is enough for 1,024 of them. The search, towards the
+    two best payloads, ends at 85 %; where there is none it is on divergence for half of that, and then towards what the
+    strings found say. The rest is for judging three strings, and minimising the best, on a third of the contexts given.
+    Its statistic is `verify.rule.detection_score` there.
 
     Departs from a run in its one restart a search, and in that the strings are judged on contexts the search had too:
     the held-out ones are not seen.
@@ -85,15 +89,17 @@ def _payloads(
     # Each token goes through both models and the placebo.
     tokens = int(min(account.seconds_until(_LENS) / seconds_a_token, account.evaluations_until(_LENS) / 3))
     tokens = min(tokens, HypothesisSettings().lens_tokens) if tokens >= _LEAST_LENS else 0
-    seconds = account.seconds_until(_STRINGS) - tokens * seconds_a_token
-    passes = min(seconds / seconds_a_pass, account.evaluations_until(_STRINGS) - 3 * tokens)
+    until = _STRINGS + (_LENS if tokens else 0.0)
+    seconds = account.seconds_until(until) - tokens * seconds_a_token
+    passes = min(seconds / seconds_a_pass, account.evaluations_until(until) - 3 * tokens)
     strings = _affordable_strings(passes, tokens)
     moved: list[MovedToken] = []
     with account.counting(pair):
         found = api.find_payloads(pair, contexts, settings=strings, seed=seed, on_moved=moved.extend)
     notes = [f"{tokens:,} tokens through the lens; {strings.num_lens_strings:,} and {strings.num_strings:,} strings"]
     notes += [f"moved most: {' '.join(repr(m.text) for m in moved[:_TOLD])}"] if moved else []
-    scan = _affordable(_passes_until(_SCANNED, seconds_a_pass, account), len(contexts))
+    scan_until = _SCANNED_AFTER_LENS if tokens else _SCANNED
+    scan = _affordable(_passes_until(scan_until, seconds_a_pass, account), len(contexts))
     prior = [m.token_id for m in moved]
     if found or scan is None:
         return found, prior, notes
@@ -110,7 +116,7 @@ def _affordable_strings(passes: float, tokens: int) -> HypothesisSettings:
     through the lens, three of four are of the most moved ones, as in a run."""
     usual = HypothesisSettings()
     group = 2 * _ROLLOUTS * usual.payload_tokens * _SMALL_BATCHES
-    count = int((passes - 2 * _FEW_GROUPS * group) / (2 * len(usual.contexts) * usual.answer_tokens))
+    count = int((passes - 2 * _FEW_GROUPS * group) / (2 * len(usual.contexts) * usual.string_answer_tokens))
     count = min(max(count, _LEAST_INPUTS), usual.num_lens_strings + usual.num_strings)
     at_random = count // 4 if tokens else count
     return replace(
@@ -149,7 +155,7 @@ def _seconds_a_pass(pair: ModelPair, account: Account, seed: int) -> float:
         pair, contexts, usual_tokens(pair), count=_PILOT, length=usual.string_tokens, generator=generator
     )
     with account.counting(pair):
-        read_inputs(pair, contexts, strings, answer_tokens=usual.answer_tokens, on_progress=lambda done: None)
+        read_inputs(pair, contexts, strings, answer_tokens=usual.string_answer_tokens, on_progress=lambda done: None)
     return (account.seconds - before) / (account.evaluations - passes)
 
 
