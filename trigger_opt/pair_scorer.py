@@ -222,8 +222,8 @@ class PairScorer:
 
     @torch.no_grad()
     def fires(self, trigger: Int[Tensor, " trigger"], contexts: Sequence[int]) -> Bool[Tensor, " context"] | None:
-        """Where the fine-tuned model's greedy answer begins with the payload, or goes on with it behind an opening it was
-        given; None when there is none.
+        """Where the fine-tuned model's greedy answer begins with the payload (behind an opening it was given: goes on);
+        None when there is none.
 
         Teacher-forced: greedy decoding gives the payload exactly when every payload token is the most probable.
         """
