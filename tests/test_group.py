@@ -265,9 +265,15 @@ def test_the_command_line_finds_in_two_processes_what_it_finds_in_one(
     said = [(folder / f"out.{rank}").read_text() for rank in range(2)]
     assert one.code == 0, one.err
     assert json.loads((folder / "codes.json").read_text()) == [0, 0], (folder / "err.0").read_text()
-    for name in ("candidates.jsonl", "hypotheses.jsonl", "diff.jsonl"):
+    for name in ("moved.jsonl", "hypotheses.jsonl", "diff.jsonl"):
         assert (folder / "shared" / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
-    assert (folder / "alone" / "candidates.jsonl").read_text().strip()
+    lines = [(folder / run / "candidates.jsonl").read_text().splitlines() for run in ("shared", "alone")]
+    assert lines[1]
+    for ours, theirs in zip(*lines, strict=True):
+        found, alone = json.loads(ours), json.loads(theirs)
+        # Without a group passes are not cut in twelve, and a product of other shape may round its last bit otherwise.
+        assert found.pop("score") == pytest.approx(alone.pop("score"), rel=1e-6)
+        assert found == alone
     # The first process alone speaks and keeps the folder.
     assert one.out.count(str(folder / "alone")) == said[0].count(str(folder / "shared")) > 0
     assert not [word for word in (str(folder / "shared"), "search:") if word in said[1]]
