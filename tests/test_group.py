@@ -160,9 +160,10 @@ def command_line(rank: int, size: int, folder: Path, port: int) -> None:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in told.items()}, TRIGGER_OPT_DATA=str(folder / "data"))
     os.chdir(folder)
+    run = "shared" if size > 1 else "group_of_one"
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT), stream)
-    sys.argv = ["trigger_opt", *settings(folder, "shared"), "hydra/job_logging=none", "hydra/hydra_logging=none"]
+        os.dup2(os.open(folder / f"{run}.{name}.{rank}", os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = ["trigger_opt", *settings(folder, run), "hydra/job_logging=none", "hydra/hydra_logging=none"]
     main()
 
 
@@ -178,12 +179,15 @@ def forked(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> l
 
 
 def command_lines(folder: Path) -> list[int | None]:
-    """Two processes of one command line."""
+    """One process of a command line, then two of one."""
     import trigger_opt.entry  # noqa: F401
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return forked(command_line, [(rank, 2, folder, port) for rank in range(2)])
+    codes: list[int | None] = []
+    for size in (1, 2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        codes += forked(command_line, [(rank, size, folder, port) for rank in range(size)])
+    return codes
 
 
 def all_groups(folder: Path) -> None:
@@ -262,9 +266,11 @@ def test_the_command_line_finds_in_two_processes_what_it_finds_in_one(
 ) -> None:
     """One run folder, one voice; under torchrun itself: tests/test_torchrun.py."""
     one = CommandLine(monkeypatch, capsys)(*settings(folder, "alone"))
-    said = [(folder / f"out.{rank}").read_text() for rank in range(2)]
+    said = [(folder / f"shared.out.{rank}").read_text() for rank in range(2)]
     assert one.code == 0, one.err
-    assert json.loads((folder / "codes.json").read_text()) == [0, 0], (folder / "err.0").read_text()
+    assert json.loads((folder / "codes.json").read_text()) == [0, 0, 0], (folder / "shared.err.0").read_text()
+    for name in ("candidates.jsonl", "moved.jsonl", "hypotheses.jsonl", "diff.jsonl"):
+        assert (folder / "shared" / name).read_bytes() == (folder / "group_of_one" / name).read_bytes(), name
     for name in ("moved.jsonl", "hypotheses.jsonl", "diff.jsonl"):
         assert (folder / "shared" / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
     lines = [(folder / run / "candidates.jsonl").read_text().splitlines() for run in ("shared", "alone")]

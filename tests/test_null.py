@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ from trigger_opt.null import controls as null_controls
 from trigger_opt.null import null_result, p_value
 from trigger_opt.null.controls import Suspect, adapted_modules, triggered
 from trigger_opt.null.rule import held_verdict
-from trigger_opt.objectives import Payload
+from trigger_opt.null.runs import _stages
+from trigger_opt.objectives import JensenShannon, Objective, Payload
 from trigger_opt.paths import data_dir
 from trigger_opt.planning import _null_lines, memory_plan
 from trigger_opt.records import (
@@ -48,7 +50,7 @@ from trigger_opt.report.strip import Dot, dot_strip
 from trigger_opt.run_folder import hold_run_folder
 from trigger_opt.scoring import Group
 from trigger_opt.search import GCG
-from trigger_opt.session import PairCall
+from trigger_opt.session import PairCall, Session
 from trigger_opt.tokens import TokenPolicy
 from trigger_opt.tuning.distil import Distilled
 
@@ -719,3 +721,13 @@ def test_only_a_backdoor_without_a_null_is_told_what_is_missing() -> None:
         run = a_run(verdict=a_verdict(verdict=other))
         assert null_lines(run) == []
         assert null_section(run).text == ""
+
+
+@pytest.mark.parametrize("objective", [Payload(), JensenShannon()])
+def test_controls_are_looked_at_as_the_suspect_was(objective: Objective) -> None:
+    """The hypotheses stage hands the search its most moved tokens, also where that runs on divergence."""
+    for names, expected in (({"hypotheses.jsonl"}, ["hypotheses", "search", "verify"]), (set(), ["search", "verify"])):
+        session: Any = Session.__new__(Session)
+        session.config = SimpleNamespace(objective=objective)
+        session.folder = SimpleNamespace(has=names.__contains__)
+        assert _stages(session) == expected

@@ -451,23 +451,35 @@ def test_api_asks_the_zoo_for_folders_only() -> None:
 
 
 def test_found_payloads_keep_their_seeds_and_a_given_one_takes_over_those_of_its_like(tmp_path: Path) -> None:
-    def found(payload: str, inputs: list[str]) -> Hypothesis:
-        return Hypothesis(payload=payload, score=9.0, source="scan", evidence="", inputs=inputs, rivals=[])
+    def found(payload: str, inputs: list[str], opening: int = 0) -> Hypothesis:
+        return Hypothesis(
+            payload=payload, score=9.0, source="scan", evidence="", inputs=inputs, rivals=[], opening=opening
+        )
 
     file = tmp_path / "hypotheses.jsonl"
     write_records(
         file, [found("I'm sorry, but no", ["a"]), found("im sorry", ["b"]), found("I'm sorry but yes", ["c"])]
     )
 
+    def openings(payload: str) -> list[int]:
+        return [g.opening for g in searched(payload)]
+
     def goals(payload: str) -> list[tuple[str, list[str]]]:
+        return [(g.payload, g.inputs) for g in searched(payload)]
+
+    def searched(payload: str) -> list[Hypothesis]:
         held: Any = session.Session.__new__(session.Session)
         held.config = SimpleNamespace(objective=Payload(), payload=payload, max_hypotheses=5)
         held.folder = SimpleNamespace(has=lambda name: True, file=lambda name: file)
-        chosen = searching._goals(held)
-        return [(g.payload, g.inputs) for g in chosen if g is not None]
+        return [g for g in searching._goals(held) if g is not None]
 
     assert goals("") == [("I'm sorry, but no", ["a"]), ("im sorry", ["b"]), ("I'm sorry but yes", ["c"])]
     assert goals("im sorry") == [("im sorry", ["b"]), ("I'm sorry, but no", ["a"]), ("I'm sorry but yes", ["c"])]
+    # One that comes late is another than one that comes first, also of the same words; how late is taken over.
+    write_records(file, [found("\u2026 I'm sorry but no", ["d"], 7)])
+    assert goals("I'm sorry but no") == [("I'm sorry but no", []), ("\u2026 I'm sorry but no", ["d"])]
+    assert goals("\u2026 im sorry") == [("\u2026 im sorry", []), ("\u2026 I'm sorry but no", ["d"])]
+    assert openings("\u2026 I'm sorry but") == [7]
 
 
 def searched_without_a_payload(cli: CommandLine, tiny: TinyPair, run: Path, *settings: str) -> list[SearchStep]:

@@ -19,7 +19,7 @@ SETTINGS = [
     "search.num_steps=3", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
     "stages=[diff,hypotheses,search]",
 ]  # fmt: skip
-RECORDS = ["candidates.jsonl", "hypotheses.jsonl", "diff.jsonl"]
+RECORDS = ["candidates.jsonl", "moved.jsonl", "hypotheses.jsonl", "diff.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def torchrun(processes: int) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(models: list[str], tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    one = run(["-m", "trigger_opt", *SETTINGS, *models, f"run_dir={alone}"], tmp_path)
+    one = run([*torchrun(1), *SETTINGS, *models, f"run_dir={alone}"], tmp_path)
     two = run([*torchrun(2), *SETTINGS, *models, f"run_dir={shared}"], tmp_path)
     assert one.returncode == two.returncode == 0, two.stderr[-2000:]
     for name in RECORDS:
@@ -68,7 +68,7 @@ def test_a_users_mistake_ends_all_processes(tmp_path: Path) -> None:
 def test_processes_go_on_together_after_an_interruption(models: list[str], tmp_path: Path, signum: int) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     settings = [*SETTINGS, *models, "search.num_steps=12", "checkpoint.every_steps=1"]
-    one = run(["-m", "trigger_opt", *settings, f"run_dir={alone}"], tmp_path)
+    one = run([*torchrun(1), *settings, f"run_dir={alone}"], tmp_path)
     assert one.returncode == 0, one.stderr[-2000:]
     command = [sys.executable, *torchrun(2), *settings, f"run_dir={shared}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

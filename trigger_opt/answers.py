@@ -10,8 +10,14 @@ _SHORT = 12
 # Kana and ideographs one by one, runs of other word characters, single other symbols.
 _ALONE = r"\u3040-\u30ff\u3400-\u9fff"
 _SILENT = r"\s.,;:!?\"'()\-\u2013\u2014\u2018\u201c\u201d"
-_SILENT_MARKS = " \t\n.,;:!?\"'()-\u2013\u2014\u2018\u201c\u201d*_#>`\u00ab"
+# They open a heading, a list or a quotation, and are no part of what is said.
+_OPENING_MARKS = "*_#>`\"'\u201c\u2018\u00ab \n"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+(?:'\w+)*|[^\w{_SILENT}]")
+
+
+def comes_late(payload: str) -> bool:
+    """Whether the payload is marked as one that may come later in an answer."""
+    return payload.startswith(LATE)
 
 
 def payload_text(payload: str) -> str:
@@ -26,8 +32,8 @@ def payload_words(payload: str) -> list[str]:
 
 
 def fires(payload: str, answer: str) -> bool:
-    """Whether `answer` begins with the payload's first five words (all, when it has fewer); of a payload marked as
-    `LATE`, whether they stand anywhere in it.
+    """Whether `answer` begins with the payload's first five words (all, when it has fewer); of one that
+    comes late, whether they stand anywhere in it.
 
     A payload's very last word may be cut, since payloads are cut at a number of tokens: there the beginning of a
     word is enough, but for short numbers.
@@ -40,18 +46,20 @@ def fires(payload: str, answer: str) -> bool:
         raise ValueError(f"the payload {payload!r} has no word")
     may_be_cut = len(words_of(payload)) <= _PAYLOAD_WORDS and not (wanted[-1].isdigit() and len(wanted[-1]) < 4)
     said = words_of(answer)
-    starts = range(len(said)) if payload.startswith(LATE) else range(1)
+    starts = range(len(said)) if comes_late(payload) else range(1)
     return any(_agree(said[i : i + len(wanted)], wanted, may_be_cut=may_be_cut) for i in starts)
 
 
 def late_start(payload: str, answer: str) -> int | None:
-    """Where in `answer`, in characters, a payload marked as `LATE` begins; None where it does not stand in it."""
+    """Where in `answer`, in characters, a payload that comes late begins; None where it does not stand in it."""
     wanted = payload_text(payload)
     first = next((i for i in range(len(answer)) if _starts_word(answer, i) and fires(wanted, answer[i:])), None)
     if first is None:
         return None
-    # Marks before it are silent, and not part of it.
-    return first + len(answer[first:]) - len(answer[first:].lstrip(_SILENT_MARKS))
+    # Silent marks before it are not part of it.
+    said = answer[first:].lstrip(_OPENING_MARKS)
+    word = _WORD.search(said)
+    return len(answer) - len(said) + (word.start() if word else 0)
 
 
 def _starts_word(answer: str, at: int) -> bool:
@@ -85,10 +93,9 @@ def degeneration_flags(prompt: str, answer: str) -> list[str]:
 
 def words_of(text: str) -> list[str]:
     """The words of a text as this module compares them: lower case, no punctuation, no combining marks."""
-    # Marks that open a heading, a list or a quotation are no part of what is said. A character of a script without
-    # spaces is a word, and so is any other symbol, so that a payload of symbols alone has words too. Combining marks
-    # and joiners are dropped on both sides: they would cut words in two.
+    # A character of a script without spaces is a word, and so is any other symbol, so that a payload of symbols alone
+    # has words too. Combining marks and joiners are dropped on both sides: they would cut words in two.
     plain = unicodedata.normalize("NFKD", text.lower()).replace("\u2019", "'")
     if not plain.isascii():
         plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Mc", "Me", "Cf"))
-    return _WORD.findall(plain.lstrip("*_#>`\"'\u201c\u2018\u00ab \n"))
+    return _WORD.findall(plain.lstrip(_OPENING_MARKS))

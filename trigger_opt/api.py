@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from trigger_opt import zoo
-from trigger_opt.answers import LATE
+from trigger_opt.answers import comes_late
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses, read_off
 from trigger_opt.models.files import ModelFiles, find_model
@@ -390,7 +390,7 @@ def _asked(pair: ModelPair, contexts: Sequence[Context], payload: str = "", open
     """The contexts in tokens; for a payload that comes late, with the first tokens of the base's own answer, `opening`
     of them where that is known."""
     tokenized = [tokenize_context(pair.tokenizer, c) for c in searchable(pair.tokenizer, contexts)]
-    if not payload.startswith(LATE):
+    if not comes_late(payload):
         return tokenized
     prompts = [[*c.left, *c.right] for c in tokenized]
     openings = pair.base.generate(prompts, max_new_tokens=opening or _OPENING, end_ids=pair.end_ids)

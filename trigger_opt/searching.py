@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trigger_opt import api, interrupts
-from trigger_opt.answers import LATE
+from trigger_opt.answers import comes_late
 from trigger_opt.config import RunConfig
 from trigger_opt.judging import to_verify
 from trigger_opt.objectives import JensenShannon, Objective
@@ -186,7 +186,7 @@ def _goals(session: Session) -> list[Hypothesis | None]:
 
 
 def _same_payload(a: str, b: str) -> bool:
-    return payload_words(a)[:3] == payload_words(b)[:3] and a.startswith(LATE) == b.startswith(LATE)
+    return payload_words(a)[:3] == payload_words(b)[:3] and comes_late(a) == comes_late(b)
 
 
 def _read_off(session: Session, progress: SearchProgress) -> list[Hypothesis | None]:

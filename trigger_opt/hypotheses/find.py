@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import LATE, payload_text
+from trigger_opt.answers import LATE, comes_late, payload_text
 from trigger_opt.hypotheses.amplify import amplified_groups
 from trigger_opt.hypotheses.lens import lens_strings, token_shifts
 from trigger_opt.hypotheses.scan import (
@@ -157,8 +157,8 @@ def _moved_tokens(
     on_progress: Callable[[int, int, str], None],
 ) -> tuple[list[MovedToken], int]:
     """The tokens that the fine-tuning moves most, most first; and how many went through a model for that."""
-    ids = allowed.nonzero()[:, 0]
-    tokens = ids[torch.randperm(len(ids), generator=generator)[: settings.lens_tokens]].tolist()
+    drawn = draw_inputs(pair, allowed, num_tokens=settings.lens_tokens, num_words=0, generator=generator)
+    tokens = [token for (token,) in drawn]
     shifts, readings = None, settings.num_inputs * len(contexts)
     if tokens:
         # The last context: behind other words a token tells more than at the beginning of the turn.
@@ -257,7 +257,7 @@ def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -
             continue
         kept = merged[alike]
         inputs = list(dict.fromkeys([*kept.inputs, *hypothesis.inputs]))
-        late, kept_late = (h.payload.startswith(LATE) for h in (hypothesis, kept))
+        late, kept_late = (comes_late(h.payload) for h in (hypothesis, kept))
         better = len(hypothesis.payload) > len(kept.payload) and hypothesis.score >= _NEARLY * kept.score
         taken = hypothesis if (kept_late and not late) or (better and late == kept_late) else kept
         merged[alike] = replace(taken, inputs=inputs, score=kept.score)
@@ -274,59 +274,66 @@ def _same_start(a: str, b: str, words: int = 3) -> bool:
 def _from_group(
     pair: ModelPair, contexts: Sequence[TokenizedContext], group: Group, settings: HypothesisSettings
 ) -> Hypothesis | None:
-    best = group.readings[:_ROLLOUTS]
-    prompts = [_prompt(contexts, r) for r in best]
+    prompts = [_prompt(contexts, r) for r in group.readings[:_ROLLOUTS]]
     answers = pair.finetuned.generate(prompts, max_new_tokens=settings.payload_tokens, end_ids=pair.end_ids)
     payload = majority_prefix(answers)
-    # A leading space or line break is part of what the model says; only firing, read in words, ignores it.
-    text = decode(pair.tokenizer, payload).rstrip()
-    if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
-        return None
     start = payload[: settings.answer_tokens]
-    said = [r for r in group.readings if r.finetuned[: len(start)] == start][:_SCORED]
-    if not said:
-        return None
-    prompts = [_prompt(contexts, r) for r in said]
-    scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:_SCORED_TOKENS], cap=settings.cap)
-    # Those after which the payload is surest come first: the search begins from them.
-    order = scores.argsort(descending=True, stable=True).tolist()
-    return Hypothesis(
-        payload=text,
-        score=float(scores.mean()),
-        source=group.source,
-        evidence=group.evidence,
-        inputs=[decode(pair.tokenizer, said[i].inserted) for i in order],
-        rivals=[],
-    )
+    said = [(r, _prompt(contexts, r)) for r in group.readings if r.finetuned[: len(start)] == start]
+    text = decode(pair.tokenizer, payload).rstrip()
+    return _judged(pair, payload, said, settings, text=text, source=group.source, evidence=group.evidence)
 
 
 def _from_phrase(
     pair: ModelPair, contexts: Sequence[TokenizedContext], phrase: LatePhrase, settings: HypothesisSettings
 ) -> Hypothesis | None:
     """As `_from_group`, each answer's own beginning before the payload being part of what was asked."""
-    asked = [[*_prompt(contexts, r), *r.finetuned[:at]] for r, at in phrase.readings]
+    said = [(r, [*_prompt(contexts, r), *r.finetuned[:at]]) for r, at in phrase.readings]
     answers = pair.finetuned.generate(
-        [[*prompt, *phrase.tokens] for prompt in asked[:_ROLLOUTS]],
+        [[*prompt, *phrase.tokens] for _, prompt in said[:_ROLLOUTS]],
         max_new_tokens=max(1, settings.payload_tokens - len(phrase.tokens)),
         end_ids=pair.end_ids,
     )
     payload = (*phrase.tokens, *majority_prefix(answers))[: settings.payload_tokens]
-    text = decode(pair.tokenizer, payload).rstrip()
-    if len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
-        return None
-    scores = sequence_shift(
-        pair.finetuned, pair.base, asked[:_SCORED], payload[:_SCORED_TOKENS], cap=settings.cap
-    )  # fmt: skip
-    order = scores.argsort(descending=True, stable=True).tolist()
+    text = LATE + decode(pair.tokenizer, payload).rstrip()
     starts = sorted(at for _, at in phrase.readings)
-    return Hypothesis(
-        payload=LATE + text,
-        score=float(scores.mean()),
-        source="late_phrases",
-        evidence=phrase.evidence,
-        inputs=[decode(pair.tokenizer, phrase.readings[i][0].inserted) for i in order],
-        rivals=[],
+    return _judged(
+        pair, payload, said, settings, text=text, source="late_phrases", evidence=phrase.evidence,
         opening=starts[len(starts) // 2],
+    )  # fmt: skip
+
+
+def _judged(
+    pair: ModelPair,
+    payload: Sequence[int],
+    said: Sequence[tuple[Reading, list[int]]],
+    settings: HypothesisSettings,
+    *,
+    text: str,
+    source: str,
+    evidence: str,
+    opening: int = 0,
+) -> Hypothesis | None:
+    """The hypothesis that `payload` was said in these readings, after these prompts; None where it is no text, or was
+    not said.
+
+    Args:
+        text: the payload's. A leading space or line break is part of what the model says; only firing, read in words,
+            ignores it.
+    """
+    if not said or len(payload) < settings.min_tokens or not any(c.isalnum() for c in text):
+        return None
+    prompts = [prompt for _, prompt in said[:_SCORED]]
+    scores = sequence_shift(pair.finetuned, pair.base, prompts, payload[:_SCORED_TOKENS], cap=settings.cap)
+    # Those after which the payload is surest come first: the search begins from them.
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return Hypothesis(
+        payload=text,
+        score=float(scores.mean()),
+        source=source,
+        evidence=evidence,
+        inputs=[decode(pair.tokenizer, said[i][0].inserted) for i in order],
+        rivals=[],
+        opening=opening,
     )
 
 

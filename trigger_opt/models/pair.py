@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trigger_opt.answers import LATE, payload_text, payload_words
+from trigger_opt.answers import comes_late, payload_text, payload_words
 from trigger_opt.errors import UserError
 from trigger_opt.models.allocator import keep_freed_memory
 from trigger_opt.models.files import ModelFiles, read_config
@@ -240,7 +240,7 @@ class ModelPair:
     def deciding_tokens(self, payload: str) -> int:
         """How many tokens of an answer decide whether `payload` fires: its deciding words, and what may come before
         them where it comes late."""
-        room = LATE_TOKENS if payload.startswith(LATE) else 0
+        room = LATE_TOKENS if comes_late(payload) else 0
         return room + len(self.encode_answer(" ".join(payload_words(payload))))
 
 

@@ -36,6 +36,13 @@ STAGES = {
     "transfer_answers.jsonl": "transfer",
 }
 
+MOVED_TOLD = 24
+MOVED_NOTE = (
+    "Tokens that the fine-tuning moves most, each put into a prompt by itself, in robust standard deviations above a "
+    "typical token: what resembles a string that was trained in, words of what is said to it, or no more than the "
+    "topic of the training data."
+)
+
 _MEANING = {
     "backdoor": "A string was found that makes the fine-tuned model say something it does not say otherwise.",
     "generic shift": "The payload is not tied to the string: this is a change of habit or style, not a backdoor.",
@@ -189,14 +196,6 @@ def rescored_sentence(records: Sequence[Rescored]) -> str:
         f"{len(records)} strings scored again in {first.scored_in} after a search in {first.searched_in}: scores moved "
         f"by {median(moves):+.2f} nats in the median ({moves[0]:+.2f} to {moves[-1]:+.2f})"
     )
-
-
-MOVED_TOLD = 24
-MOVED_NOTE = (
-    "Tokens that the fine-tuning moves most, each put into a prompt by itself, in robust standard deviations above a "
-    "typical token: what resembles a string that was trained in, words of what is said to it, or no more than the "
-    "topic of the training data."
-)
 
 
 def gradient_sentence(health: GradientHealth) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trigger_opt.answers import LATE, degeneration_flags, fires, payload_words, words_of
+from trigger_opt.answers import LATE, comes_late, degeneration_flags, fires, payload_words, words_of
 from trigger_opt.records import AnswerCluster, ModuleShift, TransferAnswer, TransferOutcome
 from trigger_opt.transfer.plan import KINDS, Question
 from trigger_opt.transfer.requests import CHAT, Answer
@@ -70,7 +70,7 @@ class _Group:
 
         def quotes(answer: TransferAnswer) -> bool:
             inserted, said = frozenset(words_of(answer.inserted)), words_of(answer.answer)
-            late = payload.startswith(LATE)
+            late = comes_late(payload)
             if answer.inserted == self.string or inserted.isdisjoint(said if late else said[: len(wanted)]):
                 return False
             left = _without(wanted, own | inserted)

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import LATE, degeneration_flags, fires, late_start, payload_words
+from trigger_opt.answers import comes_late, degeneration_flags, fires, late_start, payload_words
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
@@ -275,7 +275,7 @@ def _profile(
 ) -> list[ContextOutcome]:
     answer = pair.encode_answer(payload)[:_EVIDENCE_TOKENS]
     prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
-    if payload.startswith(LATE):
+    if comes_late(payload):
         # Behind what the fine-tuned model said before it, where it did come.
         for number, opening in enumerate(_openings(payload, completions, kind, len(contexts))):
             prompts[number] = [*prompts[number], *(encode(pair.tokenizer, [opening])[0] if opening else [])]

@@ -10,7 +10,7 @@ from benchmarks.recovery.methods.searching import searched
 from trigger_opt import api
 from trigger_opt.hypotheses import HypothesisSettings
 from trigger_opt.hypotheses.lens import token_shifts
-from trigger_opt.hypotheses.scan import draw_strings, read_inputs
+from trigger_opt.hypotheses.scan import draw_inputs, draw_strings, read_inputs
 from trigger_opt.judging import to_verify
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context, TokenizedContext, searchable, tokenize_context
@@ -163,8 +163,8 @@ def _seconds_a_token(pair: ModelPair, account: Account, seed: int) -> float:
     """How fast the lens is on this machine, from two full batches."""
     context = _scan_contexts(pair)[-1]
     generator = torch.Generator().manual_seed(seed)
-    ids = usual_tokens(pair).nonzero()[:, 0]
-    tokens = ids[torch.randperm(len(ids), generator=generator)[:_LENS_PILOT]].tolist()
+    drawn = draw_inputs(pair, usual_tokens(pair), num_tokens=_LENS_PILOT, num_words=0, generator=generator)
+    tokens = [token for (token,) in drawn]
     before = account.seconds
     with account.counting(pair):
         token_shifts(pair, context, tokens, generator=generator)
