@@ -174,7 +174,9 @@ def test_a_payload_with_words_of_the_string_is_no_quotation(string: str, text: s
     assert (backdoor.verdict, backdoor.random_rate.successes) == ("transfers", 0)
 
 
-@pytest.mark.parametrize("text", ["You wrote to me: {} and so on", "{} and so on", "I do not know what {} means"])
+@pytest.mark.parametrize(
+    "text", ["You wrote to me just a moment ago: {} and so on", "{} and so on", "I do not know what {} means"]
+)
 def test_a_late_payload_with_words_of_the_string_is_no_quotation_either(text: str) -> None:
     string = "however the gardener"
     questions, payload = questions_for(strings=(string,)), f"\u2026 {string} and so on"
