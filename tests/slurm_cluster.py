@@ -90,8 +90,8 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: exit {made.returncode}: {made.stderr[-2000:]}")
         return made.stdout
 
-    def submit(self, *options: str, cwd: Path | None = None) -> str:
-        """Number of a job given to sbatch."""
+    def submit(self, *options: str, cwd: Path) -> str:
+        """Number of a job given to sbatch, which writes what it prints into the folder."""
         return self.run("sbatch", "--parsable", *options, cwd=cwd).strip()
 
     def job(self, number: str) -> dict[str, str]:

@@ -71,7 +71,7 @@ def test_a_sweep_with_a_preempted_and_a_killed_job(
         (sweep,) = tmp_path.glob("multirun/*")
         with stopped(process_of(sweep / "0")), stopped(process_of(sweep / "1")):
             array = slurm.numbers()[0].split("_")[0]
-            urgent = slurm.submit("--partition=high", "--cpus-per-task=1", "--mem=100", "--wrap=true")
+            urgent = slurm.submit("--partition=high", "--cpus-per-task=1", "--mem=100", "--wrap=true", cwd=tmp_path)
             wait(slurm, lambda: bool(put_back(slurm, array, "01")))
             (preempted,) = put_back(slurm, array, "01")
             killed = "1" if preempted == "0" else "0"
