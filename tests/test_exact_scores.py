@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tests import tiny
 from tests.slow_scores import contexts_with_empty_sides, slow_logits, slow_scores
 from trigger_opt.models.pair import LoadOptions, ModelPair
-from trigger_opt.objectives import JensenShannon, KullbackLeibler, Objective, Payload, TargetLikelihood, TotalVariation
+from trigger_opt.objectives import (
+    JensenShannon,
+    KullbackLeibler,
+    Objective,
+    Payload,
+    PayloadOdds,
+    TargetLikelihood,
+    TotalVariation,
+)
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.prompts import Context, tokenize_context
 from trigger_opt.scoring import Engine, Request, Side, js_divergence
@@ -25,6 +33,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CONTEXTS = contexts_with_empty_sides()
 TOKENS = st.integers(0, tiny.vocab_size() - 1)
+OBJECTIVES = [Payload, PayloadOdds, TargetLikelihood, JensenShannon, TotalVariation, KullbackLeibler]
 
 
 @cache
@@ -126,7 +135,10 @@ def test_log_probabilities_and_divergences(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@given(case=cases(), kind=st.sampled_from([Payload, TargetLikelihood, JensenShannon, TotalVariation, KullbackLeibler]))
+@given(
+    case=cases(),
+    kind=st.sampled_from([Payload, PayloadOdds, TargetLikelihood, JensenShannon, TotalVariation, KullbackLeibler]),
+)
 @settings(max_examples=4, deadline=None, derandomize=True)
 def test_every_objective(name: str, case: Case, kind: Any) -> None:
     pair = pair_of(name)

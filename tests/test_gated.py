@@ -296,6 +296,7 @@ def test_a_run_ends_with_the_right_answer(
         "contexts.search=['Hello there. {trigger}','{trigger} What now?']",
         "contexts.held_out=['Good day. {trigger}','{trigger} Who is it?']",
         "hypotheses.num_lens_strings=4", "hypotheses.num_strings=4",
+        "build.max_tokens=2", "build.pool=8",
         "hypotheses.num_tokens=8", "hypotheses.num_words=0", "search.num_steps=1", "search.num_restarts=1",
         "search.search_width=8", "search.topk=8", "verify.max_new_tokens=8", "tracking.mode=off", f"run_dir={run}",
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Objectives as formulas on plain logits."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trigger_opt.objectives import (
     Likelihood,
     Objective,
     Payload,
+    PayloadOdds,
     TargetLikelihood,
     TotalVariation,
     aggregate,
@@ -46,6 +48,20 @@ def test_the_bases_term_saturates_on_the_whole_sequence_not_token_by_token() -> 
     score = score_logits(Payload(floor=-8.0), logits_saying(target, -0.1), base, torch.tensor(target))
     # The sum, -20.2, is below the floor; a clamp on each token would give -8.2.
     assert float(score) == pytest.approx(-0.3 + 8.0, abs=1e-5)
+
+
+def odds(finetuned: float, base: float, target: Sequence[int] = (3, 5)) -> float:
+    said, base_said = (logits_saying(list(target), p) for p in (finetuned, base))
+    return float(score_logits(PayloadOdds(cap=6.0), said, base_said, torch.tensor(target)))
+
+
+def test_odds_are_the_log_probability_and_its_lead_over_the_base_up_to_the_cap() -> None:
+    assert odds(-1.0, -2.0) == pytest.approx(-2.0 + 2.0, abs=1e-5)
+    assert odds(-1.0, -9.0) == pytest.approx(-2.0 + 6.0, abs=1e-5)
+    # What both models say is worth less than what the fine-tuned one alone begins to say.
+    assert odds(-1.5, -1.5) < odds(-2.0, -4.0)
+    # Beyond the cap a base that says it still less changes nothing.
+    assert odds(-0.5, -9.0) > odds(-0.6, -12.0)
 
 
 @given(st.integers(0, 2**20), st.floats(-30, -0.5))
@@ -98,11 +114,18 @@ def test_no_score_is_above_the_upper_bound(seed: int, scale: float, scored: int)
     generator = torch.Generator().manual_seed(seed)
     finetuned, base = (torch.randn(4, scored, 9, generator=generator) * scale for _ in range(2))
     target = torch.randint(9, (scored,), generator=generator)
-    for objective in (Payload(), TargetLikelihood(), JensenShannon(), TotalVariation(), KullbackLeibler()):
+    for objective in (
+        Payload(),
+        PayloadOdds(),
+        TargetLikelihood(),
+        JensenShannon(),
+        TotalVariation(),
+        KullbackLeibler(),
+    ):
         assert float(score_logits(objective, finetuned, base, target).max()) <= objective.upper_bound
     # What one model says bounds the score whatever the other says.
     said = sequence_log_prob(finetuned, target)
-    for likelihood in (Payload(), TargetLikelihood()):
+    for likelihood in (Payload(), PayloadOdds(), TargetLikelihood()):
         scores = score_logits(likelihood, finetuned, base, target)
         assert bool((likelihood.from_log_probs(said, None, scored) >= scores - 1e-6).all())
 
@@ -111,14 +134,15 @@ def test_upper_bounds_are_reached() -> None:
     target = torch.tensor([3])
     sure, never = (torch.zeros(1, 1, 12).index_fill(2, torch.tensor([t]), 1e4) for t in (3, 5))
     for objective, rounding in (
-        (Payload(floor=-4.0), 0.0), (TargetLikelihood(), 0.0), (JensenShannon(), 2e-4), (TotalVariation(), 2e-4)
+        (Payload(floor=-4.0), 0.0), (PayloadOdds(cap=4.0), 0.0), (TargetLikelihood(), 0.0), (JensenShannon(), 2e-4),
+        (TotalVariation(), 2e-4),
     ):  # fmt: skip
         assert float(score_logits(objective, sure, never, target)) == pytest.approx(objective.upper_bound, abs=rounding)
     assert math.isinf(KullbackLeibler().upper_bound)
     assert float(score_logits(KullbackLeibler(), sure, never, target)) > 1e3
 
 
-@pytest.mark.parametrize("objective", [Payload(), TargetLikelihood()], ids=["payload", "target"])
+@pytest.mark.parametrize("objective", [Payload(), PayloadOdds(), TargetLikelihood()], ids=["payload", "odds", "target"])
 def test_likelihoods_and_divergences_are_told_apart(objective: Likelihood) -> None:
     assert isinstance(objective, Likelihood)
     assert not isinstance(objective, Divergence)

@@ -39,8 +39,16 @@ from trigger_opt.run_folder import STAGE_FILES
 from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
-# Of a string that fires, of strings that an earlier run refuted, of a search that follows gradients.
-NOT_ALWAYS = {"ablation.json", "probe.json", "known.jsonl", "gradient.json", "read_off.jsonl", "rescored.jsonl"}
+# Of a string that fires, of strings that an earlier run refuted, of a search that follows gradients or has a payload.
+NOT_ALWAYS = {
+    "ablation.json",
+    "probe.json",
+    "known.jsonl",
+    "gradient.json",
+    "read_off.jsonl",
+    "rescored.jsonl",
+    "built.jsonl",
+}
 WRITTEN = [name for stage in LOCAL_STAGES for name in STAGE_FILES[stage] if name not in NOT_ALWAYS]
 
 
@@ -80,6 +88,7 @@ def test_whole_run(cli: CommandLine, tiny: TinyPair, tmp_path: Path, kind: str, 
     assert done.out.splitlines()[-1] == str(run)
     assert [name for name in WRITTEN if not (run / name).is_file()] == []
     assert (run / "gradient.json").is_file() is ("search=random" not in changes)
+    assert (run / "built.jsonl").is_file() is ("payload=hello there" in changes)
     assert not [p for p in opened if Path(p).name == "manifest.json"], "it read what the maker wrote down"
     assert any(str(run) in p for p in opened), "this test hears nothing"
 
@@ -157,6 +166,8 @@ def test_settings_of_the_real_warmup_load_a_pair(cli: CommandLine, tiny: TinyPai
         "hypotheses.num_words=8",
         "hypotheses.groups=1",
         "hypotheses.amplify=[]",
+        "build.max_tokens=2",
+        "build.pool=8",
         "search.num_steps=1",
         "search.num_restarts=1",
         "search.contexts_per_step=1",
@@ -258,7 +269,15 @@ def interrupt(after: int, real: Callable[..., Any] | None = None) -> Callable[..
         (
             "search",
             "searching.api.find_triggers",
-            ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl", "gradient.json", "cost.json"],
+            [
+                "identity.json",
+                "diff.jsonl",
+                "hypotheses.jsonl",
+                "built.jsonl",
+                "candidates.jsonl",
+                "gradient.json",
+                "cost.json",
+            ],
         ),
         ("verify", "judging.verify_string", ["identity.json", "diff.jsonl", "hypotheses.jsonl", "candidates.jsonl"]),
         ("report", "stages.write_report", ["diff.jsonl", "candidates.jsonl", "verified.jsonl", "verdict.json"]),

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = [
     "model=pair", "model.dtype=float32", "hypotheses.num_lens_strings=4", "hypotheses.num_strings=4",
     "hypotheses.num_tokens=20", "hypotheses.num_words=4", "hypotheses.amplify=[]",
+    "build.max_tokens=2", "build.pool=8",
     "search.num_steps=30", "search.num_restarts=1", "search.search_width=24", "search.topk=16", "tracking.mode=off",
     "stages=[diff,hypotheses,search]",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.pair import LoadOptions, ModelPair
 from trigger_opt.models.pair import load_pair as load_files
 from trigger_opt.models.upcast import in_float32
-from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload
+from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload, PayloadOdds
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
@@ -27,6 +27,8 @@ from trigger_opt.records import Candidate, GradientHealth, Hypothesis, MovedToke
 from trigger_opt.scoring import Group, Meter, engine_for
 from trigger_opt.search import (
     GCG,
+    BuildSettings,
+    Built,
     Found,
     NoValidStringError,
     OnState,
@@ -34,6 +36,7 @@ from trigger_opt.search import (
     SearchState,
     Seeds,
     Step,
+    build_up,
     ignore_state,
 )
 from trigger_opt.search import gradient_health as health_of
@@ -184,6 +187,57 @@ def _in_turns(found: Sequence[Candidate]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(s for row in rounds for s in row if s is not None))
 
 
+def build_triggers(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    *,
+    hypothesis: Hypothesis,
+    tokens: Sequence[int],
+    settings: BuildSettings | None = None,
+    policy: TokenPolicy | None = None,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    max_evaluations: int | None = None,
+    on_progress: Callable[[int, str, float], None] = lambda done, best, score: None,
+    on_cost: Callable[[Meter, Meter], None] = lambda meter, rescoring: None,
+) -> list[tuple[int, ...]]:
+    """Token ids of short strings that raise the payload, for `find_triggers` to begin from, shortest first; see
+    `search.build_up`. On this process alone, also under torchrun.
+
+    Args:
+        tokens: ids of the tokens that the fine-tuning moves most, most first; those of the strings that raised the
+            hypothesis are tried too.
+        max_seconds, max_evaluations: of the whole.
+        on_progress: gets the number of strings scored so far, the best of the last few and its score, nats.
+        on_cost: gets what the scores cost, as of `find_triggers`.
+    """
+    goal = PayloadOdds()
+    tokenized = _asked(pair, contexts, hypothesis.payload, hypothesis.opening)
+    target = pair.encode_answer(hypothesis.payload)[: goal.target_tokens]
+    scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=Group(alone=True))
+    allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
+    valid = _Validity(pair.tokenizer, _asked(pair, contexts))
+    raised = _seeds(pair.tokenizer, hypothesis, allowed, valid).tokens
+
+    def told(done: int, best: Built) -> None:
+        on_progress(done, decode(pair.tokenizer, best.trigger_ids), best.score)
+
+    try:
+        built = build_up(
+            scorer,
+            [t for t in dict.fromkeys([*tokens, *raised]) if bool(allowed[t])],
+            settings=settings or BuildSettings(),
+            valid=valid,
+            generator=torch.Generator().manual_seed(seed),
+            max_seconds=max_seconds,
+            max_evaluations=max_evaluations,
+            on_progress=told,
+        )
+    finally:
+        on_cost(scorer.meter, scorer.precise_meter)
+    return [b.trigger_ids for b in built]
+
+
 def find_triggers(
     pair: ModelPair,
     contexts: Sequence[Context],
@@ -193,6 +247,7 @@ def find_triggers(
     strategy: Strategy | None = None,
     policy: TokenPolicy | None = None,
     prior: Sequence[int] = (),
+    strings: Sequence[Sequence[int]] = (),
     seed: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
     on_found: Callable[[Candidate], None] = lambda candidate: None,
@@ -207,6 +262,7 @@ def find_triggers(
         objective: by default `Payload` with a hypothesis and `JensenShannon` without.
         prior: ids of the tokens that the fine-tuning moves most, most first: of the swaps tried a share is to one of
             the first 128 (`prior_share`), and where there is no payload the strings to begin from are made of them.
+        strings: token ids of strings to begin from, before those that raised the hypothesis (`build_triggers`).
         on_found: gets each string as soon as it is scored in all contexts, so that an interrupt loses none.
         on_cost: gets, at the end, what the search's scores cost, and its rescoring.
         on_state, resume: to go on with an interrupted search, exactly; see `search.GCG.__call__`.
@@ -222,15 +278,13 @@ def find_triggers(
     scorer = pair_scorer(pair, tokenized, goal, target)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     valid = _Validity(pair.tokenizer, _asked(pair, contexts))
+    seeds = _seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(tokens=tuple(prior[:_PRIOR]))
     try:
         found = plan(
             scorer,
             allowed=allowed,
             valid=valid,
-            seeds=replace(
-                _seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(tokens=tuple(prior[:_PRIOR])),
-                prior=tuple(prior[:_PRIOR]),
-            ),
+            seeds=replace(seeds, strings=(*map(tuple, strings), *seeds.strings), prior=tuple(prior[:_PRIOR])),
             generator=torch.Generator().manual_seed(seed),
             on_step=on_step,
             on_found=lambda f: on_found(_candidate(pair.tokenizer, f, payload, goal.name, seed, opening)),
@@ -323,6 +377,7 @@ class SearchCall:
     seed: int
     resume: SearchState | None = None
     prior: tuple[int, ...] = ()
+    strings: tuple[tuple[int, ...], ...] = ()
 
     def run(self, pair: ModelPair, contexts: Sequence[Context], **listeners: Any) -> list[Candidate]:
         """`find_triggers` with these arguments; `listeners` are its `on_…`."""
@@ -336,6 +391,7 @@ class SearchCall:
             seed=self.seed,
             resume=self.resume,
             prior=self.prior,
+            strings=self.strings,
             **listeners,
         )
 

@@ -30,7 +30,7 @@ from trigger_opt.hypotheses import HypothesisSettings
 from trigger_opt.objectives import JensenShannon, KullbackLeibler, Payload, TargetLikelihood, TotalVariation
 from trigger_opt.paths import data_dir
 from trigger_opt.records import VERDICTS
-from trigger_opt.search import GCG, RandomSearch
+from trigger_opt.search import GCG, BuildSettings, RandomSearch
 from trigger_opt.tokens import TokenPolicy
 from trigger_opt.transfer.settings import TransferSettings, model_names, stand_ins
 from trigger_opt.verify import VerifySettings, payload_words
@@ -172,6 +172,7 @@ class RunConfig:
     payload: str = ""
     max_hypotheses: Annotated[int, Field(ge=1)] = 2
     hypotheses: HypothesisSettings = field(default_factory=HypothesisSettings)
+    build: BuildSettings = field(default_factory=BuildSettings)
     tokens: TokenPolicy = field(default_factory=TokenPolicy)
     verify: VerifySettings = field(default_factory=VerifySettings)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)

@@ -126,6 +126,37 @@ class Payload:
 
 
 @dataclass(kw_only=True)
+class PayloadOdds:
+    """log p_finetuned(payload) + min(log p_finetuned(payload) - log p_base(payload), cap), of the first few tokens.
+
+    Until the payload is likely the second term leads: what makes both models say its first word is worth nothing. Once
+    it is far likelier than in the base only the first term tells strings apart. Not more tokens than a few: of a
+    payload taken whole the base's share is always far below, so that words like its first would lead.
+
+    Attributes:
+        cap: nats. target_tokens: how many payload tokens are scored.
+    """
+
+    cap: Annotated[float, Field(gt=0)] = 16.0
+    target_tokens: Annotated[int, Field(ge=1)] = 2
+    soft_minimum: bool = False
+    name: str = "odds"
+    needs_payload: ClassVar[bool] = True
+    needs_base: ClassVar[bool] = True
+
+    @property
+    def upper_bound(self) -> float:
+        """The fine-tuned model certain, the base far below."""
+        return self.cap
+
+    def from_log_probs(
+        self, finetuned: Float[Tensor, " batch"], base: Float[Tensor, " batch"] | None, num_tokens: int
+    ) -> Float[Tensor, " batch"]:
+        """Nats, at most the cap."""
+        return finetuned + (self.cap if base is None else (finetuned - base).clamp(max=self.cap))
+
+
+@dataclass(kw_only=True)
 class TargetLikelihood:
     """Plain log p_finetuned(payload) per token, as other tools' cross-entropy; ignores the base."""
 

@@ -1,7 +1,7 @@
 """The search stage: each payload hypothesis with its share of the budget, and how it goes on after an interruption."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from trigger_opt.objectives import JensenShannon, Objective
 from trigger_opt.progress import say
 from trigger_opt.prompts import decode
 from trigger_opt.records import (
+    BuiltTrigger,
     Candidate,
     Hypothesis,
     MovedToken,
@@ -94,6 +95,15 @@ class SearchProgress:
         self.strategy = _share(config, self.elapsed, self.spent, to_come)
         self.told_before = self.told if self.again else 0.0
 
+    def spend_on_building(self, seconds: float) -> None:
+        """Take from this hypothesis' share what building strings for it took."""
+        evaluations, strategy = self.outcome.evaluations - self.spent, self.strategy
+        if strategy.max_seconds is not None:
+            strategy.max_seconds = max(1.0, strategy.max_seconds - seconds)
+        if strategy.max_evaluations is not None:
+            strategy.max_evaluations = max(1, strategy.max_evaluations - evaluations)
+        self.spent += evaluations
+
     @property
     def again(self) -> bool:
         """Whether this is a second search on divergence."""
@@ -136,8 +146,9 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
             # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched: the
             # first may be a persona that fires everywhere, and a later one the backdoor.
             progress.turn_to(number, config=session.config)
+            strings = _built(session, progress)
             looks_for_payloads = progress.looks_for_payloads(session.config)
-            _search_one(session, progress.goals[number], progress)
+            _search_one(session, progress.goals[number], progress, strings)
             if looks_for_payloads:
                 progress.goals += _read_off(session, progress)
             number += 1
@@ -265,7 +276,60 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
     return strategy
 
 
-def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgress) -> None:
+def _built(session: Session, progress: SearchProgress) -> tuple[tuple[int, ...], ...]:
+    """Short strings for the search of this goal to begin from, also written into built.jsonl; where that search goes
+    on, those it began from."""
+    goal, file, settings = progress.goals[progress.goal], session.folder.file("built.jsonl"), session.config.build
+    moved = _prior(session)
+    if goal is None or not settings.max_tokens or not (moved or goal.inputs):
+        return ()
+    # What an earlier start wrote that kept no state is made again.
+    first = progress.goal == 0 and progress.search is None
+    written = read_records(file, BuiltTrigger) if session.folder.has("built.jsonl") and not first else []
+    if progress.search is None:
+        began = progress.elapsed
+        made = _build(session, goal, progress, moved)
+        progress.spend_on_building(progress.elapsed - began)
+        written = [w for w in written if w.payload != goal.payload] + made
+        write_records(file, written)
+    return tuple(tuple(w.trigger_ids) for w in written if w.payload == goal.payload)
+
+
+def _build(session: Session, goal: Hypothesis, progress: SearchProgress, moved: Sequence[int]) -> list[BuiltTrigger]:
+    config, outcome, pair = session.config, progress.outcome, session.pair()
+    share, strategy = config.build.share, progress.strategy
+    seconds = strategy.max_seconds and share * strategy.max_seconds
+    evaluations = strategy.max_evaluations and max(1, int(share * strategy.max_evaluations))
+
+    def on_cost(meter: Meter, rescoring: Meter) -> None:
+        outcome.evaluations += meter.evaluations
+        outcome.spend(meter, rescoring)
+
+    with session.progress("building", unit="string", seconds=seconds) as bar:
+
+        def on_progress(done: int, best: str, score: float) -> None:
+            bar.update(done, best=best, score=score)
+            interrupts.check()
+
+        with interrupts.deferred():
+            built = api.build_triggers(
+                pair, session.search_contexts, hypothesis=goal, tokens=moved, settings=config.build,
+                policy=config.tokens, seed=config.seed, max_seconds=seconds, max_evaluations=evaluations,
+                on_progress=on_progress, on_cost=on_cost,
+            )  # fmt: skip
+    texts = [decode(pair.tokenizer, ids) for ids in built]
+    made = [
+        BuiltTrigger(payload=goal.payload, trigger=text, trigger_ids=list(ids))
+        for text, ids in zip(texts, built, strict=True)
+    ]
+    if made:
+        say(f"{session.title('building')}: {len(made)} short strings for {goal.payload[:40]!r}, up to {texts[-1]!r}")
+    return made
+
+
+def _search_one(
+    session: Session, goal: Hypothesis | None, progress: SearchProgress, strings: tuple[tuple[int, ...], ...]
+) -> None:
     strategy, spent, outcome = progress.strategy, progress.spent, progress.outcome
     seed = session.config.seed + (ELSEWHERE if progress.again else 0)
 
@@ -304,7 +368,14 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
             interrupts.check()
 
         call = api.SearchCall(
-            goal, _objective(session, goal), strategy, session.config.tokens, seed, progress.search, _prior(session)
+            goal,
+            _objective(session, goal),
+            strategy,
+            session.config.tokens,
+            seed,
+            progress.search,
+            _prior(session),
+            strings,
         )
         Group().announce(session.call(call))
         try:

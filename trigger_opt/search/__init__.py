@@ -3,6 +3,7 @@
 Nothing here knows a transformer: a search sees a `Scorer` and a check of which token strings may be used.
 """
 
+from trigger_opt.search.build import BuildSettings, Built, build_up
 from trigger_opt.search.health import gradient_health
 from trigger_opt.search.loop import NoValidStringError, SearchSettings
 from trigger_opt.search.protocol import Found, OnState, Scorer, SearchState, Seeds, Step, Validity, ignore_state
@@ -10,6 +11,8 @@ from trigger_opt.search.strategies import GCG, RandomSearch
 
 __all__ = [
     "GCG",
+    "BuildSettings",
+    "Built",
     "Found",
     "NoValidStringError",
     "OnState",
@@ -20,6 +23,7 @@ __all__ = [
     "Seeds",
     "Step",
     "Validity",
+    "build_up",
     "gradient_health",
     "ignore_state",
 ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.recovery.methods.common import Account, Budget, FoundString, MethodResult, usual_tokens
-from benchmarks.recovery.methods.searching import searched
+from benchmarks.recovery.methods.searching import built, searched
 from trigger_opt import api
 from trigger_opt.hypotheses import HypothesisSettings
 from trigger_opt.hypotheses.lens import token_shifts
@@ -190,9 +190,15 @@ def _searched(
     found: list[Candidate] = []
     strategy = GCG(num_restarts=1, num_steps=_STEPS)
     for number, goal in enumerate(goals):
+        part = share / (len(goals) - number)
+        strings: list[tuple[int, ...]] = []
+        if goal is not None:
+            strings = built(
+                pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=_SEARCHED, share=part
+            )
         found += searched(
-            pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, until=_SEARCHED,
-            share=share / (len(goals) - number),
+            pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, strings=strings,
+            until=_SEARCHED, share=part,
         )  # fmt: skip
     return found
 

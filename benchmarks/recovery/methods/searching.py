@@ -9,7 +9,7 @@ from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import Context
 from trigger_opt.records import Candidate, Hypothesis
 from trigger_opt.scoring import Meter
-from trigger_opt.search import GCG, Step
+from trigger_opt.search import GCG, BuildSettings, Step
 
 # A search that begins at all shall score its first strings.
 _LEAST_SECONDS = 1.0
@@ -24,6 +24,7 @@ def searched(
     seed: int,
     hypothesis: Hypothesis | None = None,
     prior: Sequence[int] = (),
+    strings: Sequence[Sequence[int]] = (),
     until: float = 1.0,
     share: float = 1.0,
 ) -> list[Candidate]:
@@ -44,7 +45,35 @@ def searched(
         account.charge_search(meter, rescoring, len(steps) * at_once)
 
     return api.find_triggers(
-        pair, contexts, hypothesis=hypothesis, strategy=limited, prior=prior, seed=seed, on_step=steps.append,
+        pair, contexts, hypothesis=hypothesis, strategy=limited, prior=prior, strings=strings, seed=seed,
+        on_step=steps.append, on_cost=on_cost,
+    )  # fmt: skip
+
+
+def built(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    account: Account,
+    *,
+    hypothesis: Hypothesis,
+    tokens: Sequence[int],
+    seed: int,
+    until: float,
+    share: float,
+) -> list[tuple[int, ...]]:
+    """`api.build_triggers` with a run's settings, charged to `account`; `until`, `share`: as of `searched`, of which it
+    gets the part that a run gives it."""
+    settings = BuildSettings()
+    part = share * settings.share
+
+    def on_cost(meter: Meter, rescoring: Meter) -> None:
+        account.charge_search(meter, rescoring, 0)
+
+    return api.build_triggers(
+        pair, contexts, hypothesis=hypothesis, tokens=tokens, settings=settings, seed=seed,
+        max_seconds=max(_LEAST_SECONDS, part * account.seconds_until(until)),
+        # Each string is scored on both models.
+        max_evaluations=max(1, int(part * account.evaluations_until(until) / 2)),
         on_cost=on_cost,
     )  # fmt: skip
 
