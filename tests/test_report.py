@@ -17,6 +17,7 @@ from trigger_opt.errors import UserError
 from trigger_opt.records import (
     VERDICTS,
     AnswerCluster,
+    BuiltTrigger,
     Candidate,
     Completion,
     ContextOutcome,
@@ -244,6 +245,7 @@ def write_run(run_dir: Path, **records: Any) -> Path:
         "diff": [diff],
         "hypotheses": [a_hypothesis()],
         "moved": [MovedToken(token_id=i, text=f" moved{i}", score=9 - i / 10) for i in range(30)],
+        "built": [],
         "candidates": [a_candidate(), a_candidate(trigger=TRIGGER, score=7.99)],
         "history": history(),
         "verified": [a_verification(), a_decoy()],
@@ -397,6 +399,7 @@ def write_hostile_run(run_dir: Path) -> Path:
         verified=[verification, other],
         hypotheses=[a_hypothesis(payload=HOSTILE, evidence=HOSTILE, source=HOSTILE, inputs=[HOSTILE])],
         moved=[MovedToken(token_id=0, text=HOSTILE, score=1.0)],
+        built=[BuiltTrigger(payload=HOSTILE, trigger=HOSTILE + "3", trigger_ids=[1])],
         candidates=[a_candidate(trigger=HOSTILE + "3", payload=HOSTILE)],
         history=[dataclasses.replace(s, hypothesis=HOSTILE) for s in history()],
         identity=an_identity(architecture=HOSTILE, changed_families=[HOSTILE]),
@@ -414,6 +417,33 @@ def test_the_most_moved_tokens_are_told(tmp_path: Path) -> None:
     html, markdown = report(write_run(tmp_path / "b", moved=[], hypotheses=[]))
     for page in (html, markdown):
         assert "Tokens that the fine-tuning moves most" not in page
+
+
+def test_strings_that_were_built_up_are_told_with_what_the_search_made_of_them(tmp_path: Path) -> None:
+    built = [
+        BuiltTrigger(payload="p", trigger=t, trigger_ids=list(range(n)))
+        for n, t in enumerate((" a", " a b", " lost"), 1)
+    ]
+    scored = [
+        a_candidate(trigger=" a", payload="p", score=4.25, selection_rate=0.5, restart=-1, step=-1),
+        a_candidate(trigger=" a b", payload="p", score=7.75, selection_rate=1.0, restart=-1, step=-1),
+        # Of another payload, which it was not built for.
+        a_candidate(trigger=" lost", payload="q", score=1.5),
+    ]
+    html, markdown = report(write_run(tmp_path / "a", built=built, candidates=scored))
+    row = markdown[markdown.index("## Built up") :].split("\n\n")[2].splitlines()[2:]
+    assert [[cell.strip() for cell in r.strip("|").split("|")][2:] for r in row] == [
+        ["1", "4.25", "50 %"],
+        ["2", "7.75", "100 %"],
+    ]
+    for page in (html, markdown):
+        assert "Short strings built up token by token" in page
+        assert "restart -1" not in page
+        assert "restart \N{MINUS SIGN}1" not in page
+    assert "what the search began from" in html
+    html, markdown = report(write_run(tmp_path / "b"))
+    for page in (html, markdown):
+        assert "Short strings built up" not in page
 
 
 def test_every_text_is_escaped(tmp_path: Path) -> None:
@@ -437,7 +467,7 @@ def test_hostile_text_stays_in_its_markdown_cell(tmp_path: Path) -> None:
     inline = [t for token in parsed if token.type == "inline" for t in token.children or []]
     assert {t.type for t in inline} <= {"text", "html_inline", "strong_open", "strong_close", "softbreak"}
     assert {t.content for t in inline if t.type == "html_inline"} == {"<code>", "</code>"}
-    assert len(tables(markdown)) == 4
+    assert len(tables(markdown)) == 5
 
 
 def test_markdown_rows_have_as_many_cells_as_titles(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from trigger_opt.records import (
     TRANSFER_VERDICTS,
     VERDICTS,
     Ablation,
+    BuiltTrigger,
     Candidate,
     Completion,
     GradientHealth,
@@ -55,6 +56,7 @@ class RunRecords:
     verified: list[Verification] | None
     completions: list[Completion] | None
     moved: list[MovedToken] | None = None
+    built: list[BuiltTrigger] | None = None
     cost: SearchCost | None = None
     gradient: GradientHealth | None = None
     rescored: list[Rescored] | None = None
@@ -68,6 +70,13 @@ class RunRecords:
     jobs: list[SweepJob] | None = None
     provenance: list[Provenance] | None = None
     collection: Collection | None = None
+
+    @property
+    def built_and_scored(self) -> list[tuple[BuiltTrigger, Candidate]]:
+        """The strings that were built up, shortest first for each payload, with what the search made of them."""
+        known = {(c.payload, c.trigger): c for c in reversed(self.candidates or [])}
+        scored = ((b, known.get((b.payload, b.trigger))) for b in self.built or [])
+        return [(b, c) for b, c in scored if c is not None]
 
     @property
     def name(self) -> str:
@@ -130,6 +139,7 @@ def load_run(run_dir: Path) -> RunRecords:
         completions=_all(run_dir / "completions.jsonl", Completion),
         cost=_one(run_dir / "cost.json", SearchCost),
         moved=_all(run_dir / "moved.jsonl", MovedToken),
+        built=_all(run_dir / "built.jsonl", BuiltTrigger),
         gradient=_one(run_dir / "gradient.json", GradientHealth),
         rescored=_all(run_dir / "rescored.jsonl", Rescored),
         transfer=_transfer(run_dir / "transfer.jsonl"),

@@ -33,6 +33,7 @@ from trigger_opt.report.sections_known import KNOWN_TITLE, known_lines
 from trigger_opt.report.sections_null import null_lines
 from trigger_opt.report.sections_probe import PROBE_TITLE, probe_lines
 from trigger_opt.report.words import (
+    BUILT_NOTE,
     DASH,
     MOVED_NOTE,
     MOVED_TOLD,
@@ -55,6 +56,7 @@ from trigger_opt.report.words import (
     printable,
     rate_rows,
     rescored_sentence,
+    share,
     string_title,
     versions,
     visible,
@@ -74,6 +76,7 @@ def summary(run: RunRecords) -> str:
         _transfer(run),
         _hypotheses(run),
         _gradient(run),
+        _built(run),
         _rescored(run),
         _refuted(run),
         _known(run),
@@ -250,6 +253,19 @@ def _hypothesis(h: Hypothesis) -> list[str]:
 
 def _gradient(run: RunRecords) -> str:
     return f"## The token gradient\n\n{text(gradient_sentence(run.gradient))}" if run.gradient else ""
+
+
+def _built(run: RunRecords) -> str:
+    rows = [
+        [code(b.trigger), code(b.payload, 60), str(len(b.trigger_ids)), number(c.score),
+         DASH if c.selection_rate is None else share(c.selection_rate)]
+        for b, c in run.built_and_scored
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    return f"## Built up from the tokens moved most\n\n{BUILT_NOTE}\n\n" + table(
+        ["String", "Payload", "Tokens", "Score, nats", "Share"], rows
+    )
 
 
 def _rescored(run: RunRecords) -> str:

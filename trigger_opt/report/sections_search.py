@@ -20,6 +20,7 @@ from trigger_opt.report.markup import (
 )
 from trigger_opt.report.svg import COLOURS, Line, Point, line_chart, line_class
 from trigger_opt.report.words import (
+    BUILT_NOTE,
     DASH,
     MOVED_NOTE,
     MOVED_TOLD,
@@ -52,6 +53,7 @@ def curve(run: RunRecords) -> Html:
     gradient = [tag("p", gradient_sentence(run.gradient))] if run.gradient else []
     if run.rescored:
         gradient.append(tag("p", f"{rescored_sentence(run.rescored)}."))
+    gradient += _built(run)
     if run.history is None:
         return section(title, *gradient, note(not_run("history.jsonl")))
     steps = [s for s in run.history if math.isfinite(s.score)]
@@ -89,6 +91,26 @@ def hypotheses(run: RunRecords) -> Html:
         "groups of that source, inputs the inserted strings that raised the payload most."
     )
     return section(title, note(caption), table(columns, [_hypothesis(h) for h in run.hypotheses]), *moved)
+
+
+def _built(run: RunRecords) -> list[Html]:
+    rows = run.built_and_scored
+    if not rows:
+        return []
+    several = len({b.payload for b, _ in rows}) > 1
+    columns = [
+        _STRING,
+        *([_PAYLOAD] if several else []),
+        Column(title="Tokens", kind="num"),
+        Column(title="Score, nats", kind="num"),
+        Column(title="Share", kind="num"),
+    ]
+    cells: list[list[Child]] = []
+    for b, c in rows:
+        rate = DASH if c.selection_rate is None else share(c.selection_rate)
+        payload: list[Child] = [clipped_string(b.payload, 60)] if several else []
+        cells.append([string(b.trigger), *payload, str(len(b.trigger_ids)), number(c.score), rate])
+    return [note(BUILT_NOTE), table(columns, cells)]
 
 
 def _moved(run: RunRecords) -> list[Html]:
@@ -201,5 +223,6 @@ def _verified(v: Verification, candidate: Candidate | None) -> list[Child]:
 
 def _unverified(c: Candidate) -> list[Child]:
     rate = f"; selection rate {share(c.selection_rate)}" if c.selection_rate is not None else ""
-    why = tag("span", f"not verified{rate}; restart {c.restart}, step {c.step}", class_="muted")
+    where = f"restart {c.restart}, step {c.step}" if c.restart >= 0 else "what the search began from"
+    why = tag("span", f"not verified{rate}; {where}", class_="muted")
     return [number(c.score), DASH, DASH, DASH, why]

@@ -24,6 +24,7 @@ STAGES = {
     "diff.jsonl": "diff",
     "moved.jsonl": "hypotheses",
     "hypotheses.jsonl": "hypotheses",
+    "built.jsonl": "search",
     "candidates.jsonl": "search",
     "history.jsonl": "search",
     "gradient.json": "search",
@@ -41,6 +42,12 @@ MOVED_NOTE = (
     "Tokens that the fine-tuning moves most, each put into a prompt by itself, in robust standard deviations above a "
     "typical token: what resembles a string that was trained in, words of what is said to it, or no more than the "
     "topic of the training data."
+)
+
+BUILT_NOTE = (
+    "Short strings built up token by token from the tokens moved most, the best of each length. The share is of the "
+    "search contexts in which the payload comes out. Where longer strings score no higher, the string is likely whole, "
+    "as far as these tokens reach."
 )
 
 _MEANING = {
