@@ -8,6 +8,7 @@ from trigger_opt.config import RunConfig, register, register_resolvers, validate
 from trigger_opt.models.plan import ModelSize, WeightLoad, plan_memory
 from trigger_opt.paths import data_dir
 from trigger_opt.planning import TOKENS_AFTER_SLOT, search_load
+from trigger_opt.search import BuildSettings
 
 EXPERIMENT = "gcg_warmup"
 CARDS_GB = (24, 48, 80)
@@ -15,6 +16,8 @@ CARDS_GB = (24, 48, 80)
 _LEFT = 0.94
 # Of a card's rate, for the plan of a run.
 _SHARE = 0.4
+# Most moved tokens a run keeps.
+_MOVED = 512
 _WORD_TOKENS, _PROMPT_TOKENS, _HELD_OUT = 3, 60, 30
 _D_MODEL, _VOCAB, _PARAMETERS = 3584, 152_064, 7_615_616_512
 QWEN_7B = ModelSize(
@@ -97,12 +100,22 @@ def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, 
     read += 3 * h.lens_tokens * per_token // 2
     counts = f"{h.lens_tokens:,} tokens ranked, {h.num_inputs * len(h.contexts):,} readings"
     yield "hypotheses", counts, read / 1e15
+    evaluations = building(config.build)
+    yield "search: building", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     evaluations = s.num_restarts * s.num_steps * s.search_width * s.contexts_per_step
     yield "search", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     # Each as the progress bar of that stage counts them: two models, nothing inserted, a shorter string, random ones.
     conditions = 4 + len(config.model.controls) + v.random_strings
     answers = (v.candidates + v.minimise) * conditions * _HELD_OUT * v.repeats
     yield "verify", f"{answers:,} answers", answers * (_PROMPT_TOKENS + v.max_new_tokens) * per_token / 2 / 1e15
+
+
+def building(settings: BuildSettings) -> int:
+    """Evaluations of strings built up, at most."""
+    each = settings.pool + settings.singles
+    insertions = sum(settings.beam * length * each for length in range(2, settings.max_tokens + 1))
+    finals = settings.max_tokens * settings.finalists * (settings.contexts - 1)
+    return (_MOVED + insertions + finals) if settings.max_tokens else 0
 
 
 def plan_table(config: RunConfig, size: ModelSize = QWEN_7B) -> str:

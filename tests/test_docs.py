@@ -19,7 +19,7 @@ from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses
 from trigger_opt.models.plan import ModelSize
 from trigger_opt.paths import data_dir
 from trigger_opt.records import Hypothesis
-from trigger_opt.search import GCG
+from trigger_opt.search import GCG, BuildSettings
 from trigger_opt.verify import VerifySettings
 from trigger_opt.zoo.recipes import BASE_NAME, GOLDEN_RATIO, RECIPES
 
@@ -197,15 +197,21 @@ def test_stages_of_a_run_by_hand() -> None:
         string_answer_tokens=7,
         contexts=["{trigger}"],
     )
+    config.build = BuildSettings(max_tokens=3, pool=7, singles=3, beam=2, contexts=3, finalists=5)
     config.search = replace(config.search, num_restarts=1, num_steps=3, search_width=4, contexts_per_step=2)
     config.verify = VerifySettings(candidates=1, minimise=True, random_strings=2, max_new_tokens=8)
     size = scale.QWEN_7B
     token = 2 * 2 * size.linear_parameters / 1e15
     stages, counts, pflop = zip(*scale.stages(config), strict=True)
-    assert stages == ("hypotheses", "search", "verify")
-    assert counts == ("100 tokens ranked, 32 readings", "24 evaluations", "360 answers")
+    assert stages == ("hypotheses", "search: building", "search", "verify")
+    # All that were ranked; two at two places, two at three; the best five of each length in two more contexts.
+    built = 512 + (2 * 2 + 2 * 3) * 10 + 3 * 5 * 2
+    assert counts == ("100 tokens ranked, 32 readings", f"{built} evaluations", "24 evaluations", "360 answers")
     read, answered = (50 + 20 + 6 + 10 * (12 + 6) + 22 * (12 + 3) + 150) * token, 360 * (60 + 8) * token / 2
-    assert pflop == pytest.approx((read, 24 * scale.flops_of(config) / 1e15, answered))
+    each = scale.flops_of(config) / 1e15
+    assert pflop == pytest.approx((read, built * each, 24 * each, answered))
+    config.build.max_tokens = 0
+    assert scale.building(config.build) == 0
 
 
 def test_operations_of_an_evaluation_by_hand() -> None:

@@ -208,7 +208,7 @@ def build_triggers(
         tokens: ids of the tokens that the fine-tuning moves most, most first; those of the strings that raised the
             hypothesis are tried too.
         max_seconds, max_evaluations: of the whole.
-        on_progress: gets the number of strings scored so far, the best of the last few and its score, nats.
+        on_progress: gets the number of strings scored so far, the best of this length and its score, nats.
         on_cost: gets what the scores cost, as of `find_triggers`.
     """
     goal = PayloadOdds()

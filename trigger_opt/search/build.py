@@ -70,7 +70,8 @@ def build_up(
     Args:
         tokens: the most likely first.
         max_seconds, max_evaluations: bounds; the length under way is finished with what was scored until then.
-        on_progress: gets the number of strings scored and the best of the longest so far.
+        on_progress: gets the number of strings scored so far and the best of this length, with its score in one
+            context.
     """
     table = _Table(scorer, settings, valid, generator, (max_seconds, max_evaluations), on_progress)
     built: list[Built] = []
@@ -119,7 +120,7 @@ class _Table:
             batch, left = left[: min(room, _BATCH)], left[min(room, _BATCH) :]
             scored |= dict(zip(batch, self._scores(batch, self._first), strict=True))
             self._done += len(batch)
-            leader = max(batch, key=lambda s: scored[s])
+            leader = max(scored, key=lambda s: scored[s])
             self._on_progress(self._done, Built(trigger_ids=leader, score=scored[leader]))
         order = sorted(scored, key=lambda s: -scored[s])
         if self._others and order:
