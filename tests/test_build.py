@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.test_search import Toy, always
 from tests.wired_pair import PAYLOAD, SEARCH, TRIGGER, wired_pair
 from trigger_opt import api
-from trigger_opt.objectives import PayloadOdds
+from trigger_opt.objectives import JensenShannon, PayloadOdds, TotalVariation
 from trigger_opt.prompts import encode
 from trigger_opt.records import Hypothesis
 from trigger_opt.scoring import Meter
@@ -189,6 +189,25 @@ def test_the_trigger_of_a_wired_pair_is_built_and_ends_the_search(given: str) ->
     assert trigger in found[0].trigger_ids
     assert found[0].selection_rate == 1.0
     assert steps == []
+
+
+def test_without_a_payload_strings_are_built_on_divergence() -> None:
+    pair = wired_pair()
+    tokens = encode(pair.tokenizer, [" lazy fox river poem sea" + TRIGGER])[0]
+    (trigger,) = encode(pair.tokenizer, [TRIGGER])[0]
+    told: list[float] = []
+    for divergence in (None, TotalVariation()):
+        told.clear()
+        strings = api.build_triggers(
+            pair,
+            SEARCH,
+            tokens=tokens,
+            divergence=divergence,
+            settings=BuildSettings(max_tokens=1),
+            on_progress=lambda done, best, score: told.append(score),
+        )
+        assert strings[0] == (trigger,)
+        assert 0 < max(told) <= (divergence or JensenShannon()).upper_bound
 
 
 def test_building_takes_no_longer_than_it_may() -> None:

@@ -191,8 +191,9 @@ def build_triggers(
     pair: ModelPair,
     contexts: Sequence[Context],
     *,
-    hypothesis: Hypothesis,
     tokens: Sequence[int],
+    hypothesis: Hypothesis | None = None,
+    divergence: Objective | None = None,
     settings: BuildSettings | None = None,
     policy: TokenPolicy | None = None,
     seed: int = 0,
@@ -201,19 +202,19 @@ def build_triggers(
     on_progress: Callable[[int, str, float], None] = lambda done, best, score: None,
     on_cost: Callable[[Meter, Meter], None] = lambda meter, rescoring: None,
 ) -> list[tuple[int, ...]]:
-    """Token ids of short strings that raise the payload, for `find_triggers` to begin from, shortest first; see
-    `search.build_up`. On this process alone, also under torchrun.
+    """Token ids of short strings that raise the payload, or without one the divergence, for `find_triggers` to begin
+    from, shortest first; see `search.build_up`. On this process alone, also under torchrun.
 
     Args:
         tokens: ids of the tokens that the fine-tuning moves most, most first; those of the strings that raised the
             hypothesis are tried too.
+        divergence: without a payload; by default `JensenShannon`.
         max_seconds, max_evaluations: of the whole.
         on_progress: gets the number of strings scored so far, the best of this length and its score, nats.
         on_cost: gets what the scores cost, as of `find_triggers`.
     """
-    goal = PayloadOdds()
-    tokenized = _asked(pair, contexts, hypothesis.payload, hypothesis.opening)
-    target = pair.encode_answer(hypothesis.payload)[: goal.target_tokens]
+    goal, payload, target = _goal(pair, hypothesis, PayloadOdds() if hypothesis else divergence)
+    tokenized = _asked(pair, contexts, payload, hypothesis.opening if hypothesis else 0)
     scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=Group(alone=True))
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     valid = _Validity(pair.tokenizer, _asked(pair, contexts))

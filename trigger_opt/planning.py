@@ -192,8 +192,7 @@ def _null_lines(config: RunConfig) -> list[str]:
 
 def _bound(config: RunConfig) -> str:
     s = config.search
-    builds = config.build.max_tokens and config.objective.needs_payload
-    parts = [f"strings of up to {config.build.max_tokens} tokens built up"] if builds else []
+    parts = [f"strings of up to {config.build.max_tokens} tokens built up"] if config.build.max_tokens else []
     parts += [f"{s.num_restarts} x {s.num_steps} steps of {s.search_width} candidates"]
     if s.max_seconds is not None:
         parts.append(f"{s.max_seconds:g} s")

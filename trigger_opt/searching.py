@@ -280,8 +280,9 @@ def _built(session: Session, progress: SearchProgress) -> tuple[tuple[int, ...],
     """Short strings for the search of this goal to begin from, also written into built.jsonl; where that search goes
     on, those it began from."""
     goal, file, settings = progress.goals[progress.goal], session.folder.file("built.jsonl"), session.config.build
-    moved = _prior(session)
-    if goal is None or not settings.max_tokens or not (moved or goal.inputs):
+    moved, payload = _prior(session), goal.payload if goal else ""
+    # A second search on divergence shall begin elsewhere.
+    if not settings.max_tokens or not moved or progress.again:
         return ()
     # What an earlier start wrote that kept no state is made again.
     first = progress.goal == 0 and progress.search is None
@@ -290,12 +291,14 @@ def _built(session: Session, progress: SearchProgress) -> tuple[tuple[int, ...],
         began = progress.elapsed
         made = _build(session, goal, progress, moved)
         progress.spend_on_building(progress.elapsed - began)
-        written = [w for w in written if w.payload != goal.payload] + made
+        written = [w for w in written if w.payload != payload] + made
         write_records(file, written)
-    return tuple(tuple(w.trigger_ids) for w in written if w.payload == goal.payload)
+    return tuple(tuple(w.trigger_ids) for w in written if w.payload == payload)
 
 
-def _build(session: Session, goal: Hypothesis, progress: SearchProgress, moved: Sequence[int]) -> list[BuiltTrigger]:
+def _build(
+    session: Session, goal: Hypothesis | None, progress: SearchProgress, moved: Sequence[int]
+) -> list[BuiltTrigger]:
     config, outcome, pair = session.config, progress.outcome, session.pair()
     share, strategy = config.build.share, progress.strategy
     seconds = strategy.max_seconds and share * strategy.max_seconds
@@ -313,17 +316,18 @@ def _build(session: Session, goal: Hypothesis, progress: SearchProgress, moved: 
 
         with interrupts.deferred():
             built = api.build_triggers(
-                pair, session.search_contexts, hypothesis=goal, tokens=moved, settings=config.build,
-                policy=config.tokens, seed=config.seed, max_seconds=seconds, max_evaluations=evaluations,
-                on_progress=on_progress, on_cost=on_cost,
+                pair, session.search_contexts, tokens=moved, hypothesis=goal, divergence=_objective(session, None),
+                settings=config.build, policy=config.tokens, seed=config.seed, max_seconds=seconds,
+                max_evaluations=evaluations, on_progress=on_progress, on_cost=on_cost,
             )  # fmt: skip
     texts = [decode(pair.tokenizer, ids) for ids in built]
     made = [
-        BuiltTrigger(payload=goal.payload, trigger=text, trigger_ids=list(ids))
+        BuiltTrigger(payload=goal.payload if goal else "", trigger=text, trigger_ids=list(ids))
         for text, ids in zip(texts, built, strict=True)
     ]
     if made:
-        say(f"{session.title('building')}: {len(made)} short strings for {goal.payload[:40]!r}, up to {texts[-1]!r}")
+        towards = repr(goal.payload[:40]) if goal else "divergence"
+        say(f"{session.title('building')}: {len(made)} short strings for {towards}, up to {texts[-1]!r}")
     return made
 
 

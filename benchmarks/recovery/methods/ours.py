@@ -49,7 +49,8 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     them; strings of those, and random ones, are read for 20 %. Where they bring out no payload, the scan of tokens and
     words goes on for another 20 % (10 % after the lens), if that is enough for 1,024 of them. The search, towards the
     two best payloads, ends at 85 %; where there is none it is on divergence for half of that, and then towards what the
-    strings found say. The rest is for judging three strings, and minimising the best, on a third of the contexts given.
+    strings found say. Where tokens were ranked, strings of them are built up first. The rest is for judging three
+    strings, and minimising the best, on a third of the contexts given.
     Its statistic is `verify.rule.detection_score` there.
 
     Departs from a run in its one restart a search, and in that the strings are judged on contexts the search had too:
@@ -71,7 +72,9 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
         goals = [h for h in read if payload_words(h.payload)][:_GOALS]
         notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
     # Divergence a second time begins elsewhere, and not where another seed's cell begins.
-    candidates += _searched(pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE, prior)
+    candidates += _searched(
+        pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE, prior, builds=bool(goals)
+    )
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
         chosen = to_verify(candidates, _VERIFIED)
@@ -185,14 +188,16 @@ def _searched(
     prior: Sequence[int],
     *,
     share: float = 1.0,
+    builds: bool = True,
 ) -> list[Candidate]:
-    """`share`: of what is left until the searches end, for all goals alike."""
+    """`share`: of what is left until the searches end, for all goals alike. `builds`: short strings first."""
     found: list[Candidate] = []
     strategy = GCG(num_restarts=1, num_steps=_STEPS)
     for number, goal in enumerate(goals):
         part = share / (len(goals) - number)
         strings: list[tuple[int, ...]] = []
-        if goal is not None:
+        # As in a run: from the most moved tokens, and not before a second search on divergence.
+        if prior and builds:
             strings = built(
                 pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=_SEARCHED, share=part
             )

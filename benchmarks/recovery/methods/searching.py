@@ -55,7 +55,7 @@ def built(
     contexts: Sequence[Context],
     account: Account,
     *,
-    hypothesis: Hypothesis,
+    hypothesis: Hypothesis | None,
     tokens: Sequence[int],
     seed: int,
     until: float,
