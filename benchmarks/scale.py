@@ -111,7 +111,7 @@ def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, 
 
 
 def building(settings: BuildSettings) -> int:
-    """Evaluations of strings built up, at most."""
+    """Evaluations of strings built up for one payload, but for tokens of its own strings."""
     each = settings.pool + settings.singles
     insertions = sum(settings.beam * length * each for length in range(2, settings.max_tokens + 1))
     finals = settings.max_tokens * settings.finalists * (settings.contexts - 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.test_search import Toy, always
 from tests.wired_pair import PAYLOAD, SEARCH, TRIGGER, wired_pair
 from trigger_opt import api
+from trigger_opt.errors import UserError
 from trigger_opt.objectives import JensenShannon, PayloadOdds, TotalVariation
 from trigger_opt.prompts import encode
 from trigger_opt.records import Hypothesis
@@ -133,13 +134,16 @@ def test_nothing_that_can_be_typed_is_nothing_built() -> None:
 def test_a_budget_that_ends_keeps_what_was_scored_until_then(bound: str) -> None:
     whole, toy = Parts(), Parts()
     everything = built(whole)
-    tokens = tuple(range(1, 500))
+    # The likeliest first, which have the highest ids.
+    tokens = (*PLANTED, *range(500, 1, -1))
     limit = {"max_seconds": 0.9, "max_evaluations": 900}[bound]
     cut = built(toy, tokens=tokens, pool=500, **{bound: limit})  # type: ignore[arg-type]
     # In seconds a batch and a final may run over.
     assert 900 <= toy.evaluations <= 900 + (256 + 64 if bound == "max_seconds" else 2)
     assert [len(b.trigger_ids) for b in cut] == [1, 2]
-    assert cut[0] == everything[0]
+    assert [b.score for b in cut] == [b.score for b in everything[:2]]
+    # Cut off were the least likely.
+    assert all(set(s) <= {*PLANTED, *range(370, 501)} for s, _ in toy.strings if len(s) == 2)
 
 
 def test_a_budget_that_ended_before_it_began_is_no_string() -> None:
@@ -154,6 +158,37 @@ def test_a_score_that_is_no_number_does_not_come_first() -> None:
     found = built(Broken())
     assert found[2].trigger_ids == PLANTED
     assert all(9 not in b.trigger_ids for b in found)
+
+
+def test_where_no_score_is_a_number_nothing_is_built() -> None:
+    class Broken(Parts):
+        def worth(self, string: tuple[int, ...], context: int) -> float:
+            return float("nan")
+
+    assert built(Broken()) == []
+
+
+def test_a_divergence_is_scored_along_one_string_at_each_length() -> None:
+    """More strings than are scored at once: all along the same, or their scores could not be compared."""
+    toy = Parts(num_contexts=1)
+    built(toy, tokens=tuple(range(1, 700)), pool=700, max_tokens=2, contexts=1)
+    assert len(toy.strings) > 2 * 256
+    assert [len(string) for string, _ in toy.prepared] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["beam", "singles", "keep"])
+def test_finalists_are_enough_to_choose_from(name: str) -> None:
+    with pytest.raises(ValueError, match=r"finalists=8 is less than beam, singles or keep \(9\).*raise finalists to 9"):
+        BuildSettings(**({"beam": 1, "singles": 1, "keep": 1, "finalists": 8} | {name: 9}))
+
+
+def test_a_string_to_begin_from_that_cannot_be_typed_is_refused() -> None:
+    pair = wired_pair()
+    pieces = encode(pair.tokenizer, ["river"])[0] + encode(pair.tokenizer, ["s"])[0]
+    joined = encode(pair.tokenizer, ["rivers"])[0]
+    for ids in ((), tuple(pieces) if pieces != joined else ()):
+        with pytest.raises(UserError, match="to begin from cannot be typed in these contexts"):
+            api.find_triggers(pair, SEARCH, hypothesis=hypothesis([]), strings=[ids])
 
 
 def hypothesis(inputs: list[str]) -> Hypothesis:

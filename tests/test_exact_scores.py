@@ -135,10 +135,7 @@ def test_log_probabilities_and_divergences(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@given(
-    case=cases(),
-    kind=st.sampled_from([Payload, PayloadOdds, TargetLikelihood, JensenShannon, TotalVariation, KullbackLeibler]),
-)
+@given(case=cases(), kind=st.sampled_from(OBJECTIVES))
 @settings(max_examples=4, deadline=None, derandomize=True)
 def test_every_objective(name: str, case: Case, kind: Any) -> None:
     pair = pair_of(name)

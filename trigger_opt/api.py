@@ -279,6 +279,12 @@ def find_triggers(
     scorer = pair_scorer(pair, tokenized, goal, target)
     allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
     valid = _Validity(pair.tokenizer, _asked(pair, contexts))
+    for ids in strings:
+        if not ids or not valid(torch.tensor([list(ids)]))[0]:
+            raise UserError(
+                f"the string {decode(pair.tokenizer, ids)!r} to begin from cannot be typed in these contexts: its text "
+                "gives other tokens, or none; leave it out"
+            )
     seeds = _seeds(pair.tokenizer, hypothesis, allowed, valid) if payload else Seeds(tokens=tuple(prior[:_PRIOR]))
     try:
         found = plan(

@@ -5,7 +5,7 @@ identity.json       PairIdentity: is this the right base?
 moved.jsonl         MovedToken, most moved first
 hypotheses.jsonl    Hypothesis, best first
 read_off.jsonl      Hypothesis, best first: what strings found on divergence say, where no payload was known
-built.jsonl         BuiltTrigger: short strings the search for a payload begins from, shortest first
+built.jsonl         BuiltTrigger: short strings each search begins from, shortest first
 candidates.jsonl    Candidate, best first
 gradient.json       GradientHealth: does the search's gradient say anything?
 history.jsonl       SearchStep, one an optimisation step
@@ -148,10 +148,10 @@ class MovedToken:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltTrigger:
-    """A short string that raises a payload, built up from the tokens that the fine-tuning moves most.
+    """A short string that raises a payload or the divergence, built up from the tokens that the fine-tuning moves most.
 
     Attributes:
-        trigger: text, as decoded; `trigger_ids` its tokens.
+        payload: empty for divergence. trigger: text, as decoded; `trigger_ids` its tokens.
     """
 
     payload: str

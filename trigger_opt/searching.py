@@ -43,10 +43,10 @@ class SearchProgress:
     Attributes:
         goals: the hypotheses searched, None for divergence alone. goal: number of the one searched now. strategy: with
             its share of the budget. spent: evaluations before it. search: from where its search goes on; None where it
-            begins.
+            begins. strings: token ids of those built for it.
         found: strings of the hypotheses before. before: seconds of earlier starts.
         told: seconds of the last step told, counted from the first search towards the same. told_before: of those,
-            what was told before this search.
+            what was spent before this search, on building for it too.
     """
 
     outcome: StageOutcome
@@ -60,6 +60,7 @@ class SearchProgress:
     began: float = field(default_factory=time.monotonic)
     told: float = 0.0
     told_before: float = 0.0
+    strings: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def begin(cls, session: Session, outcome: StageOutcome) -> "SearchProgress":
@@ -78,6 +79,7 @@ class SearchProgress:
         say(f"{session.title('search')}: goes on after step {state.step + 1} of restart {state.restart + 1}")
         progress = cls(outcome, strategy, goals, kept["goal"], kept["spent"], state, found, kept["elapsed"])
         progress.told, progress.told_before = kept["told"]
+        progress.strings = tuple(tuple(ids) for ids in kept["strings"])
         return progress
 
     @property
@@ -103,6 +105,7 @@ class SearchProgress:
         if strategy.max_evaluations is not None:
             strategy.max_evaluations = max(1, strategy.max_evaluations - evaluations)
         self.spent += evaluations
+        self.told_before += seconds
 
     @property
     def again(self) -> bool:
@@ -123,6 +126,7 @@ class SearchProgress:
             "found": [asdict(c) for c in self.found],
             "elapsed": self.elapsed,
             "told": (self.told, self.told_before),
+            "strings": [list(ids) for ids in self.strings],
             "meter": asdict(self.outcome.meter),
             "rescoring": asdict(self.outcome.rescoring),
             "matmul_rate": self.outcome.matmul_rate,
@@ -146,9 +150,9 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
             # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched: the
             # first may be a persona that fires everywhere, and a later one the backdoor.
             progress.turn_to(number, config=session.config)
-            strings = _built(session, progress)
+            _begin_built(session, progress)
             looks_for_payloads = progress.looks_for_payloads(session.config)
-            _search_one(session, progress.goals[number], progress, strings)
+            _search_one(session, progress.goals[number], progress)
             if looks_for_payloads:
                 progress.goals += _read_off(session, progress)
             number += 1
@@ -276,24 +280,24 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
     return strategy
 
 
-def _built(session: Session, progress: SearchProgress) -> tuple[tuple[int, ...], ...]:
-    """Short strings for the search of this goal to begin from, also written into built.jsonl; where that search goes
-    on, those it began from."""
-    goal, file, settings = progress.goals[progress.goal], session.folder.file("built.jsonl"), session.config.build
-    moved, payload = _prior(session), goal.payload if goal else ""
+def _begin_built(session: Session, progress: SearchProgress) -> None:
+    """Short strings for the search of this goal to begin from, also written into built.jsonl; one that goes on has
+    them."""
+    if progress.search is not None:
+        return
+    goal, file, moved = progress.goals[progress.goal], session.folder.file("built.jsonl"), _prior(session)
+    progress.strings = ()
     # A second search on divergence shall begin elsewhere.
-    if not settings.max_tokens or not moved or progress.again:
-        return ()
-    # What an earlier start wrote that kept no state is made again.
-    first = progress.goal == 0 and progress.search is None
-    written = read_records(file, BuiltTrigger) if session.folder.has("built.jsonl") and not first else []
-    if progress.search is None:
-        began = progress.elapsed
-        made = _build(session, goal, progress, moved)
-        progress.spend_on_building(progress.elapsed - began)
-        written = [w for w in written if w.payload != payload] + made
-        write_records(file, written)
-    return tuple(tuple(w.trigger_ids) for w in written if w.payload == payload)
+    if not session.config.build.max_tokens or not moved or progress.again:
+        return
+    began = progress.elapsed
+    made = _build(session, goal, progress, moved)
+    progress.spend_on_building(progress.elapsed - began)
+    progress.strings = tuple(tuple(b.trigger_ids) for b in made)
+    # What an earlier start wrote of this goal and of those after it is made again.
+    before = {g.payload if g else "" for g in progress.goals[: progress.goal]}
+    written = read_records(file, BuiltTrigger) if before and session.folder.has("built.jsonl") else []
+    write_records(file, [*(w for w in written if w.payload in before), *made])
 
 
 def _build(
@@ -327,13 +331,11 @@ def _build(
     ]
     if made:
         towards = repr(goal.payload[:40]) if goal else "divergence"
-        say(f"{session.title('building')}: {len(made)} short strings for {towards}, up to {texts[-1]!r}")
+        say(f"{session.title('building')}: {len(made)} short strings for {towards}, up to {len(built[-1])} tokens")
     return made
 
 
-def _search_one(
-    session: Session, goal: Hypothesis | None, progress: SearchProgress, strings: tuple[tuple[int, ...], ...]
-) -> None:
+def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgress) -> None:
     strategy, spent, outcome = progress.strategy, progress.spent, progress.outcome
     seed = session.config.seed + (ELSEWHERE if progress.again else 0)
 
@@ -366,7 +368,10 @@ def _search_one(
             caught[candidate.trigger] = candidate
             outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
 
+        last: list[Callable[[], SearchState]] = []
+
         def on_state(make: Callable[[], SearchState]) -> None:
+            last[:] = [make]
             if session.checkpoints.due() or interrupts.asked():
                 session.keep("search", progress.state(make()))
             interrupts.check()
@@ -379,7 +384,7 @@ def _search_one(
             seed,
             progress.search,
             _prior(session),
-            strings,
+            progress.strings,
         )
         Group().announce(session.call(call))
         try:
@@ -392,6 +397,9 @@ def _search_one(
             # Ctrl-C, a full disk: `search_strings` still writes what came up until then.
             progress.found += caught.values()
             raise
+        if last:
+            # Building for the next goal keeps nothing: an interruption there shall not cost this one.
+            session.keep("search", progress.state(last[0]()))
         progress.found += [made(c) for c in ended]
 
 

@@ -23,15 +23,16 @@ _ENDLESS = 2**62
 
 @dataclass(kw_only=True)
 class BuildSettings:
-    """How far strings are built up before the search for a payload.
+    """How far strings are built up before a search.
 
     Attributes:
         max_tokens: of the longest; 0 for no building. pool: tokens tried at each place, the most likely ones.
-            singles: beside them, those that raise the payload most by themselves, of all the tokens given.
+            singles: beside them, those that score most by themselves, of all the tokens given.
         beam: strings of each length that the next ones are made of.
         contexts: search contexts drawn. All strings are scored in the first, the best `finalists` in all.
         keep: strings of each length that take part in the search.
-        share: most of a search's seconds and evaluations, where these are bounded.
+        share: most of a search's seconds and evaluations, where these are bounded. What is cut off by it are the
+            longest strings, and of these the least likely tokens.
     """
 
     max_tokens: Annotated[int, Field(ge=0)] = 4
@@ -42,6 +43,13 @@ class BuildSettings:
     finalists: Annotated[int, Field(ge=1)] = 64
     keep: Annotated[int, Field(ge=1)] = 2
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        if (most := max(self.beam, self.singles, self.keep)) > self.finalists:
+            raise ValueError(
+                f"finalists={self.finalists} is less than beam, singles or keep ({most}), which are chosen among them; "
+                f"raise finalists to {most} or lower that one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ def build_up(
     pool: list[int] = []
     beam: list[Ids] = []
     for _ in range(settings.max_tokens):
-        best = table.best(_insertions(beam, pool) if beam else [(t,) for t in tokens])
+        best = table.best(_insertions(beam, pool) if beam else [(t,) for t in dict.fromkeys(tokens)])
         if not best:
             break
         if not beam:
@@ -111,13 +119,19 @@ class _Table:
 
     def best(self, strings: Iterable[Ids]) -> list[Built]:
         """Those of `strings` that got into the final, best first, with their mean over all contexts drawn."""
-        # Those that begin alike one after the other: their beginnings are computed once.
-        distinct = sorted(dict.fromkeys(strings))
+        distinct = list(dict.fromkeys(strings))
         valid = self._valid(torch.tensor(distinct)).tolist() if distinct else []
         left = [s for s, ok in zip(distinct, valid, strict=True) if ok]
+        if not left:
+            return []
+        # Of a divergence over several tokens all are forced along what one of them brings out.
+        reference = left[0]
+        self._scorer.prepare(torch.tensor(reference), self._first)
         scored: dict[Ids, float] = {}
         while left and (room := self._room()):
-            batch, left = left[: min(room, _BATCH)], left[min(room, _BATCH) :]
+            # The likeliest first, should the budget end; of these, those that begin alike beside each other: their
+            # beginnings are computed once.
+            batch, left = sorted(left[: min(room, _BATCH)]), left[min(room, _BATCH) :]
             scored |= dict(zip(batch, self._scores(batch, self._first), strict=True))
             self._done += len(batch)
             leader = max(scored, key=lambda s: scored[s])
@@ -126,9 +140,11 @@ class _Table:
         if self._others and order:
             count = len(self._others)
             order = order[: max(self._settings.keep, min(self._settings.finalists, self._room() // count))]
+            self._scorer.prepare(torch.tensor(reference), self._others)
             others = self._scores(order, self._others)
             scored |= {s: (scored[s] + count * o) / (count + 1) for s, o in zip(order, others, strict=True)}
-        return sorted((Built(trigger_ids=s, score=scored[s]) for s in order), key=lambda b: -b.score)
+        made = (Built(trigger_ids=s, score=scored[s]) for s in order if math.isfinite(scored[s]))
+        return sorted(made, key=lambda b: -b.score)
 
     def _room(self) -> int:
         """Evaluations that are left; none once the time is up."""
@@ -138,12 +154,11 @@ class _Table:
         return _ENDLESS if self._max_evaluations is None else max(0, self._max_evaluations - spent)
 
     def _scores(self, strings: Sequence[Ids], contexts: Sequence[int]) -> list[float]:
-        rows = torch.tensor(strings)
-        self._scorer.prepare(rows[0], contexts)
-        means: list[float] = self._scorer.score(rows, contexts).mean(1).tolist()
+        means: list[float] = self._scorer.score(torch.tensor(strings), contexts).mean(1).tolist()
         # Not a number, as float16 may give, is no score.
         return [-torch.inf if math.isnan(m) else m for m in means]
 
 
 def _insertions(strings: Sequence[Ids], pool: Sequence[int]) -> list[Ids]:
-    return [(*s[:place], t, *s[place:]) for s in strings for place in range(len(s) + 1) for t in pool]
+    """Those with the pool's first tokens first."""
+    return [(*s[:place], t, *s[place:]) for t in pool for s in strings for place in range(len(s) + 1)]

@@ -196,16 +196,24 @@ def _searched(
     for number, goal in enumerate(goals):
         part = share / (len(goals) - number)
         strings: list[tuple[int, ...]] = []
+        left = account.seconds_until(_SEARCHED), account.evaluations_until(_SEARCHED)
         # As in a run: from the most moved tokens, and not before a second search on divergence.
         if prior and builds:
             strings = built(
                 pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=_SEARCHED, share=part
             )
+            part = _left_of(part, left, account)
         found += searched(
             pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, strings=strings,
             until=_SEARCHED, share=part,
         )  # fmt: skip
     return found
+
+
+def _left_of(part: float, before: tuple[float, float], account: Account) -> float:
+    """What is left of `part` of the seconds and evaluations there were `before`, as a share of those there are now."""
+    now = account.seconds_until(_SEARCHED), account.evaluations_until(_SEARCHED)
+    return max(0.0, min((part * b - (b - n)) / n if n > 0 else 0.0 for b, n in zip(before, now, strict=True)))
 
 
 def _judged(
