@@ -23,6 +23,7 @@ from trigger_opt.objectives import Payload
 from trigger_opt.paths import CHECKPOINT
 from trigger_opt.records import (
     VERDICTS,
+    BuiltTrigger,
     Candidate,
     Completion,
     Hypothesis,
@@ -36,6 +37,7 @@ from trigger_opt.records import (
     write_records,
 )
 from trigger_opt.run_folder import STAGE_FILES
+from trigger_opt.search import Step
 from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
@@ -555,6 +557,53 @@ def test_half_of_a_budget_goes_to_divergence(
     # A step is 24 evaluations, and a look at all contexts 3 more.
     for spent, share in zip(last.values(), (1000, 1500, 2000), strict=True):
         assert share <= spent < share + 60
+
+
+def test_an_interruption_while_strings_are_built_keeps_the_search_before(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first search's strings and its end are in the checkpoint; the second's strings are built again."""
+    read = Hypothesis(payload="hello there", score=9.0, source="", evidence="", inputs=[], rivals=[])
+    monkeypatch.setattr(api, "payloads_of", lambda *given, **options: [read])
+    # Nothing is kept because it is due.
+    settings = ["checkpoint.every_seconds=null", "checkpoint.every_steps=null"]
+    searched_without_a_payload(cli, tiny, tmp_path / "undisturbed", *settings)
+    built, asked = api.build_triggers, []
+
+    def interrupted_once(*given: Any, **options: Any) -> Any:
+        asked.append(options["hypothesis"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return built(*given, **options)
+
+    steps: list[int] = []
+    searched = api.find_triggers
+
+    def counted(*given: Any, **options: Any) -> Any:
+        def on_step(step: Step) -> None:
+            steps.append(step.step)
+            options["on_step"](step)
+
+        return searched(*given, **options | {"on_step": on_step})
+
+    monkeypatch.setattr(api, "build_triggers", interrupted_once)
+    monkeypatch.setattr(api, "find_triggers", counted)
+    run = tmp_path / "run"
+    given = [*tiny_settings(tiny, run_dir=run), "hypotheses.min_score=1000", "stages=[hypotheses,search]", *settings]
+    assert cli(*given).code == 130
+    # The end of the second restart stands in the checkpoint: no step of it is made again.
+    assert len(steps) == 4
+    done = cli(*given)
+    assert done.code == 0, done.err
+    assert asked == [None, read, read]
+    assert len(steps) == 8
+    for name, kind in (("built.jsonl", BuiltTrigger), ("candidates.jsonl", Candidate)):
+        whole, resumed = (read_records(folder / name, kind) for folder in (tmp_path / "undisturbed", run))
+        assert whole == resumed
+        assert whole
+    histories = (read_records(folder / "history.jsonl", SearchStep) for folder in (tmp_path / "undisturbed", run))
+    whole_steps, resumed_steps = ([(s.hypothesis, s.trigger, s.score, s.evaluations) for s in h] for h in histories)
+    assert whole_steps == resumed_steps
 
 
 def test_divergence_that_brings_nothing_out_goes_on_elsewhere(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
