@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from hydra import compose, initialize_config_dir
 
 from trigger_opt.config import RunConfig, register, register_resolvers, validated
+from trigger_opt.hypotheses.find import MOVED_KEPT
 from trigger_opt.models.plan import ModelSize, WeightLoad, plan_memory
 from trigger_opt.paths import data_dir
 from trigger_opt.planning import TOKENS_AFTER_SLOT, search_load
@@ -16,8 +17,6 @@ CARDS_GB = (24, 48, 80)
 _LEFT = 0.94
 # Of a card's rate, for the plan of a run.
 _SHARE = 0.4
-# Most moved tokens a run keeps.
-_MOVED = 512
 _WORD_TOKENS, _PROMPT_TOKENS, _HELD_OUT = 3, 60, 30
 _D_MODEL, _VOCAB, _PARAMETERS = 3584, 152_064, 7_615_616_512
 QWEN_7B = ModelSize(
@@ -115,7 +114,7 @@ def building(settings: BuildSettings) -> int:
     each = settings.pool + settings.singles
     insertions = sum(settings.beam * length * each for length in range(2, settings.max_tokens + 1))
     finals = settings.max_tokens * settings.finalists * (settings.contexts - 1)
-    return (_MOVED + insertions + finals) if settings.max_tokens else 0
+    return (MOVED_KEPT + insertions + finals) if settings.max_tokens else 0
 
 
 def plan_table(config: RunConfig, size: ModelSize = QWEN_7B) -> str:

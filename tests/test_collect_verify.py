@@ -1,5 +1,6 @@
 """A sweep of two real jobs over a tiny pair, collected, verified once and reported; and what the page says of jobs."""
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -218,7 +219,8 @@ def _finding(job: str, score: float) -> Finding:
 def test_page_says_who_found_the_string_and_how_many_competed(tmp_path: Path) -> None:
     jobs = [a_job("0"), a_job("1", state="crashed", note="OutOfMemoryError in search", commands=["python -m again 1"])]
     jobs += [a_job(str(n), state="never started", best_score=None, search_seconds=None) for n in (2, 3, 4)]
-    pages = write_collected(tmp_path, jobs, [_finding("0", 6.31), _finding("1", 7.19), _finding("1", 5.77)])
+    begun_from = replace(_finding("1", 5.77), restart=-1, step=-1)
+    pages = write_collected(tmp_path, jobs, [_finding("0", 6.31), _finding("1", 7.19), begun_from])
     for page in pages:
         assert "5 jobs: 1 finished, 1 crashed, 3 never started" in page
         assert "Never started: 2\N{EN DASH}4." in page
@@ -228,6 +230,9 @@ def test_page_says_who_found_the_string_and_how_many_competed(tmp_path: Path) ->
         assert "1 min 01 s" in page
         assert "verify.repeats=1" in page
         assert page.index("7.19") < page.index("6.31") < page.index("5.77"), "the best finding first"
+        assert "340" in page[: page.index("6.31")]
+        # What a job's search began from has no step.
+        assert not re.search(r"[-\N{MINUS SIGN}]1\b", page[page.index("6.31") : page.index("5.77")])
         assert "998" not in page
         assert "run the sweep on a control" in page
         assert "stages=[null,report]" not in page

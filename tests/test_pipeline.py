@@ -37,7 +37,6 @@ from trigger_opt.records import (
     write_records,
 )
 from trigger_opt.run_folder import STAGE_FILES
-from trigger_opt.search import Step
 from trigger_opt.tracking import read_metrics
 
 PACKAGE = Path(trigger_opt.__file__).parent
@@ -562,7 +561,7 @@ def test_half_of_a_budget_goes_to_divergence(
 def test_an_interruption_while_strings_are_built_keeps_the_search_before(
     cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first search's strings and its end are in the checkpoint; the second's strings are built again."""
+    """The search that was done is in the checkpoint; strings for the next one are built again."""
     read = Hypothesis(payload="hello there", score=9.0, source="", evidence="", inputs=[], rivals=[])
     monkeypatch.setattr(api, "payloads_of", lambda *given, **options: [read])
     # Nothing is kept because it is due.
@@ -576,27 +575,24 @@ def test_an_interruption_while_strings_are_built_keeps_the_search_before(
             raise KeyboardInterrupt
         return built(*given, **options)
 
-    steps: list[int] = []
-    searched = api.find_triggers
+    searched: list[Hypothesis | None] = []
+    find = api.find_triggers
 
-    def counted(*given: Any, **options: Any) -> Any:
-        def on_step(step: Step) -> None:
-            steps.append(step.step)
-            options["on_step"](step)
-
-        return searched(*given, **options | {"on_step": on_step})
+    def noted(*given: Any, **options: Any) -> Any:
+        searched.append(options["hypothesis"])
+        return find(*given, **options)
 
     monkeypatch.setattr(api, "build_triggers", interrupted_once)
-    monkeypatch.setattr(api, "find_triggers", counted)
+    monkeypatch.setattr(api, "find_triggers", noted)
     run = tmp_path / "run"
     given = [*tiny_settings(tiny, run_dir=run), "hypotheses.min_score=1000", "stages=[hypotheses,search]", *settings]
     assert cli(*given).code == 130
-    # The end of the second restart stands in the checkpoint: no step of it is made again.
-    assert len(steps) == 4
+    assert searched == [None]
     done = cli(*given)
     assert done.code == 0, done.err
+    assert "search: goes on with the next search" in done.out
     assert asked == [None, read, read]
-    assert len(steps) == 8
+    assert searched == [None, read]
     for name, kind in (("built.jsonl", BuiltTrigger), ("candidates.jsonl", Candidate)):
         whole, resumed = (read_records(folder / name, kind) for folder in (tmp_path / "undisturbed", run))
         assert whole == resumed
@@ -606,14 +602,24 @@ def test_an_interruption_while_strings_are_built_keeps_the_search_before(
     assert whole_steps == resumed_steps
 
 
-def test_divergence_that_brings_nothing_out_goes_on_elsewhere(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
+def test_divergence_that_brings_nothing_out_goes_on_elsewhere(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unbounded = searched_without_a_payload(cli, tiny, tmp_path / "unbounded")
     assert [s.hypothesis for s in unbounded] == [""] * 4
+    build, built = api.build_triggers, []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        built.append(build(*given, **options))
+        return built[-1]
+
+    monkeypatch.setattr(api, "build_triggers", noted)
     steps = searched_without_a_payload(cli, tiny, tmp_path / "run", "search.max_evaluations=100000")
     assert [s.hypothesis for s in steps] == [""] * 8
     candidates = read_records(tmp_path / "run" / "candidates.jsonl", Candidate)
-    # Two restarts each; what tells the second search's strings apart is their restart.
-    # Before them stand the strings built up, once: the second search begins elsewhere.
+    # The second search begins elsewhere: not from what the first one began from.
+    assert len(built) == 1
+    # Two restarts each; what tells the second search's strings apart is their restart. Before them stand those built.
     assert {(c.restart, c.seed) for c in candidates} == {(number, 0) for number in range(-1, 4)}
     assert [s.restart for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len({s.trigger for s in steps if s.step == 0}) == 4

@@ -65,8 +65,8 @@ def plan_run(config: RunConfig) -> Plan:
     head = [
         f"fine-tuned {model.finetuned}, base {model.base}, controls {', '.join(model.controls) or 'none'}; "
         f"{model.dtype if model.quantization == 'none' else model.quantization} on {device}",
-        f"stages {' > '.join(config.stages)}; objective {config.objective.name}, search {config.search.name}, "
-        f"at most {_bound(config)}",
+        f"stages {' > '.join(config.stages)}; objective {config.objective.name}, search {config.search.name}"
+        f"{_building(config)}, at most {_bound(config)}",
     ]
     note = precision_note(files[0], base=files[1])
     return Plan(files, head + plan.lines() + _null_lines(config) + ([note] if note else []))
@@ -190,10 +190,14 @@ def _null_lines(config: RunConfig) -> list[str]:
     ]
 
 
+def _building(config: RunConfig) -> str:
+    length = config.build.max_tokens
+    return f" from strings built up to {length} tokens where some are ranked" if length else ""
+
+
 def _bound(config: RunConfig) -> str:
     s = config.search
-    parts = [f"strings of up to {config.build.max_tokens} tokens built up"] if config.build.max_tokens else []
-    parts += [f"{s.num_restarts} x {s.num_steps} steps of {s.search_width} candidates"]
+    parts = [f"{s.num_restarts} x {s.num_steps} steps of {s.search_width} candidates"]
     if s.max_seconds is not None:
         parts.append(f"{s.max_seconds:g} s")
     if s.max_evaluations is not None:

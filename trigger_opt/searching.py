@@ -42,8 +42,8 @@ class SearchProgress:
 
     Attributes:
         goals: the hypotheses searched, None for divergence alone. goal: number of the one searched now. strategy: with
-            its share of the budget. spent: evaluations before it. search: from where its search goes on; None where it
-            begins. strings: token ids of those built for it.
+            its share of the budget. spent: evaluations before its search. strings: token ids of those built for it.
+            search: from where it goes on; None where it begins.
         found: strings of the hypotheses before. before: seconds of earlier starts.
         told: seconds of the last step told, counted from the first search towards the same. told_before: of those,
             what was spent before this search, on building for it too.
@@ -75,8 +75,10 @@ class SearchProgress:
         outcome.matmul_rate, outcome.seconds_before = kept["matmul_rate"], kept["elapsed"]
         found = [Candidate(**c) for c in kept["found"]]
         goals = [None if g is None else Hypothesis(**g) for g in kept["goals"]]
-        state = SearchState.from_plain(kept["search"])
-        say(f"{session.title('search')}: goes on after step {state.step + 1} of restart {state.restart + 1}")
+        state = SearchState.from_plain(kept["search"]) if kept["search"] else None
+        where = f"after step {state.step + 1} of restart {state.restart + 1}" if state else "with the next search"
+        say(f"{session.title('search')}: goes on {where}")
+        outcome.evaluations = kept["evaluations"]
         progress = cls(outcome, strategy, goals, kept["goal"], kept["spent"], state, found, kept["elapsed"])
         progress.told, progress.told_before = kept["told"]
         progress.strings = tuple(tuple(ids) for ids in kept["strings"])
@@ -87,15 +89,19 @@ class SearchProgress:
         """Seconds of this stage, earlier starts included."""
         return self.before + time.monotonic() - self.began
 
-    def turn_to(self, number: int, *, config: RunConfig) -> None:
-        """Search hypothesis `number` next; one that was interrupted keeps its share."""
-        if self.search is not None and number == self.goal:
+    def begin_goal(self, config: RunConfig) -> None:
+        """Give this hypothesis its share of what is left of the budget; one that goes on has it."""
+        if self.search is not None:
             return
-        self.goal, self.search, self.spent = number, None, self.outcome.evaluations
+        self.spent, self.strings = self.outcome.evaluations, ()
         # Half is kept for the payloads that divergence may bring out.
-        to_come = len(self.goals) - number + self.looks_for_payloads(config)
+        to_come = len(self.goals) - self.goal + self.looks_for_payloads(config)
         self.strategy = _share(config, self.elapsed, self.spent, to_come)
         self.told_before = self.told if self.again else 0.0
+
+    def end_goal(self) -> None:
+        """Turn to the next hypothesis."""
+        self.goal, self.search = self.goal + 1, None
 
     def spend_on_building(self, seconds: float) -> None:
         """Take from this hypothesis' share what building strings for it took."""
@@ -116,12 +122,13 @@ class SearchProgress:
         """Whether the search now is on divergence because no payload is known yet, and is the first such."""
         return self.goals == [None] and config.objective.needs_payload
 
-    def state(self, search: SearchState) -> dict[str, Any]:
-        """What `begin` starts from."""
+    def state(self, search: SearchState | None) -> dict[str, Any]:
+        """What `begin` starts from; None between two searches."""
         return {
             "goals": [g and asdict(g) for g in self.goals],
             "goal": self.goal,
             "spent": self.spent,
+            "evaluations": self.outcome.evaluations,
             "share": (self.strategy.max_seconds, self.strategy.max_evaluations),
             "found": [asdict(c) for c in self.found],
             "elapsed": self.elapsed,
@@ -130,7 +137,7 @@ class SearchProgress:
             "meter": asdict(self.outcome.meter),
             "rescoring": asdict(self.outcome.rescoring),
             "matmul_rate": self.outcome.matmul_rate,
-            "search": search.plain(),
+            "search": search and search.plain(),
         }
 
 
@@ -145,17 +152,19 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
     try:
         if not outcome.state:
             _look_at_gradient(session, progress.goals[0], _objective(session, progress.goals[0]), outcome)
-        number = progress.goal
-        while number < len(progress.goals):
+        while progress.goal < len(progress.goals):
             # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched: the
             # first may be a persona that fires everywhere, and a later one the backdoor.
-            progress.turn_to(number, config=session.config)
-            _begin_built(session, progress)
+            progress.begin_goal(session.config)
+            _build_strings(session, progress)
             looks_for_payloads = progress.looks_for_payloads(session.config)
-            _search_one(session, progress.goals[number], progress)
+            _search_one(session, progress.goals[progress.goal], progress)
             if looks_for_payloads:
                 progress.goals += _read_off(session, progress)
-            number += 1
+            progress.end_goal()
+            if progress.goal < len(progress.goals):
+                # The next one builds strings first, and keeps nothing meanwhile.
+                session.keep("search", progress.state(None))
     finally:
         # Also after Ctrl-C: what was found so far is worth verifying.
         found = sorted(progress.found, key=lambda c: (-(c.selection_rate or 0.0), -c.score))
@@ -280,30 +289,26 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
     return strategy
 
 
-def _begin_built(session: Session, progress: SearchProgress) -> None:
+def _build_strings(session: Session, progress: SearchProgress) -> None:
     """Short strings for the search of this goal to begin from, also written into built.jsonl; one that goes on has
     them."""
-    if progress.search is not None:
-        return
-    goal, file, moved = progress.goals[progress.goal], session.folder.file("built.jsonl"), _prior(session)
-    progress.strings = ()
+    moved = _prior(session)
     # A second search on divergence shall begin elsewhere.
-    if not session.config.build.max_tokens or not moved or progress.again:
+    if progress.search is not None or not session.config.build.max_tokens or not moved or progress.again:
         return
     began = progress.elapsed
-    made = _build(session, goal, progress, moved)
+    made = _built(session, progress, moved)
     progress.spend_on_building(progress.elapsed - began)
     progress.strings = tuple(tuple(b.trigger_ids) for b in made)
+    file = session.folder.file("built.jsonl")
     # What an earlier start wrote of this goal and of those after it is made again.
     before = {g.payload if g else "" for g in progress.goals[: progress.goal]}
     written = read_records(file, BuiltTrigger) if before and session.folder.has("built.jsonl") else []
     write_records(file, [*(w for w in written if w.payload in before), *made])
 
 
-def _build(
-    session: Session, goal: Hypothesis | None, progress: SearchProgress, moved: Sequence[int]
-) -> list[BuiltTrigger]:
-    config, outcome, pair = session.config, progress.outcome, session.pair()
+def _built(session: Session, progress: SearchProgress, moved: Sequence[int]) -> list[BuiltTrigger]:
+    config, outcome, pair, goal = session.config, progress.outcome, session.pair(), progress.goals[progress.goal]
     share, strategy = config.build.share, progress.strategy
     seconds = strategy.max_seconds and share * strategy.max_seconds
     evaluations = strategy.max_evaluations and max(1, int(share * strategy.max_evaluations))
@@ -368,10 +373,7 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
             caught[candidate.trigger] = candidate
             outcome.evaluations = max(outcome.evaluations, spent + candidate.evaluations)
 
-        last: list[Callable[[], SearchState]] = []
-
         def on_state(make: Callable[[], SearchState]) -> None:
-            last[:] = [make]
             if session.checkpoints.due() or interrupts.asked():
                 session.keep("search", progress.state(make()))
             interrupts.check()
@@ -397,9 +399,6 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
             # Ctrl-C, a full disk: `search_strings` still writes what came up until then.
             progress.found += caught.values()
             raise
-        if last:
-            # Building for the next goal keeps nothing: an interruption there shall not cost this one.
-            session.keep("search", progress.state(last[0]()))
         progress.found += [made(c) for c in ended]
 
 

@@ -30,6 +30,8 @@ from trigger_opt.prompts import Context, TokenizedContext, decode, searchable, t
 from trigger_opt.records import Hypothesis, MovedToken
 from trigger_opt.stats import majority_prefix
 
+MOVED_KEPT = 512
+"""Most moved tokens that are handed on."""
 # Rollouts of one group that are read for its payload.
 _ROLLOUTS = 8
 _SCORED = 16
@@ -37,7 +39,6 @@ _SCORED_TOKENS = 8
 _NEARLY = 0.75
 # Answers alike, of a few strings in a few contexts.
 _LEAST_READ_OFF = 3
-_MOVED_KEPT = 512
 _LEAST_LATE = 6
 
 
@@ -168,7 +169,7 @@ def _moved_tokens(
         )  # fmt: skip
     if shifts is None:
         return [], 0
-    order = shifts.argsort(descending=True, stable=True)[:_MOVED_KEPT].tolist()
+    order = shifts.argsort(descending=True, stable=True)[:MOVED_KEPT].tolist()
     texts = pair.tokenizer.batch_decode([[tokens[i]] for i in order], clean_up_tokenization_spaces=False)
     rows = zip(order, texts, strict=True)
     moved = [MovedToken(token_id=tokens[i], text=text, score=float(shifts[i])) for i, text in rows]

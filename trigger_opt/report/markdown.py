@@ -257,10 +257,9 @@ def _gradient(run: RunRecords) -> str:
 
 def _built(run: RunRecords) -> str:
     rows = [
-        [code(b.trigger), code(b.payload, 60), str(len(b.trigger_ids)), number(c.score),
-         DASH if c.selection_rate is None else share(c.selection_rate)]
+        [code(b.trigger), code(b.payload, 60), str(len(b.trigger_ids)), number(c.score), share(c.selection_rate)]
         for b, c in run.built_and_scored
-    ]  # fmt: skip
+    ]
     if not rows:
         return ""
     return f"## Built up from the tokens moved most\n\n{BUILT_NOTE}\n\n" + table(

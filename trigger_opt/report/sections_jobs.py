@@ -102,10 +102,12 @@ def job_rows(run: RunRecords) -> list[list[str]]:
 def finding_rows(run: RunRecords) -> list[list[str]]:
     """A row for each time a job found the string, the best first."""
     best = sorted(_findings(run), key=lambda f: (-(f.selection_rate or 0.0), -f.score))
-    return [
-        [f.job, f"{f.restart:,}", f"{f.step:,}", str(f.seed), number(f.score), share(f.selection_rate)]
-        for f in best[:_FINDINGS_SHOWN]
-    ]
+    return [[f.job, *_when(f), str(f.seed), number(f.score), share(f.selection_rate)] for f in best[:_FINDINGS_SHOWN]]
+
+
+def _when(finding: Finding) -> list[str]:
+    """Restart and step; dashes for what a search began from."""
+    return [f"{n:,}" if n >= 0 else DASH for n in (finding.restart, finding.step)]
 
 
 def left_out(run: RunRecords) -> str:

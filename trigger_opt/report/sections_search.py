@@ -107,9 +107,8 @@ def _built(run: RunRecords) -> list[Html]:
     ]
     cells: list[list[Child]] = []
     for b, c in rows:
-        rate = DASH if c.selection_rate is None else share(c.selection_rate)
         payload: list[Child] = [clipped_string(b.payload, 60)] if several else []
-        cells.append([string(b.trigger), *payload, str(len(b.trigger_ids)), number(c.score), rate])
+        cells.append([string(b.trigger), *payload, str(len(b.trigger_ids)), number(c.score), share(c.selection_rate)])
     return [note(BUILT_NOTE), table(columns, cells)]
 
 

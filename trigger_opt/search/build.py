@@ -2,7 +2,8 @@
 
 A search of a fixed length finds strings of that length, with the trigger's tokens somewhere among others. Where the
 fine-tuning itself tells which tokens it was taught (`hypotheses.lens`), few enough are left to try every one at every
-place: the planted string is the shortest that raises the payload most, and comes out word for word.
+place. A planted string of such tokens, each of which tells behind those before it, then comes out whole: no longer
+string scores higher.
 """
 
 import math
@@ -31,8 +32,8 @@ class BuildSettings:
         beam: strings of each length that the next ones are made of.
         contexts: search contexts drawn. All strings are scored in the first, the best `finalists` in all.
         keep: strings of each length that take part in the search.
-        share: most of a search's seconds and evaluations, where these are bounded. What is cut off by it are the
-            longest strings, and of these the least likely tokens.
+        share: most of a search's seconds and evaluations, where these are bounded. What it cuts off are the longest
+            strings, and of these the last tokens of the pool.
     """
 
     max_tokens: Annotated[int, Field(ge=0)] = 4
