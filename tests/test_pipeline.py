@@ -558,6 +558,27 @@ def test_half_of_a_budget_goes_to_divergence(
         assert share <= spent < share + 60
 
 
+def test_a_search_that_makes_no_step_did_run(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fires_at_once(*given: Any, **options: Any) -> list[Candidate]:
+        return [
+            Candidate(
+                trigger=" one", trigger_ids=[5], payload="hello there", objective="payload", score=7.5,
+                selection_rate=1.0, restart=-1, step=-1, seed=0, evaluations=3,
+            )
+        ]  # fmt: skip
+
+    monkeypatch.setattr(api, "find_triggers", fires_at_once)
+    run = tmp_path / "run"
+    done = cli(*tiny_settings(tiny, run_dir=run), "payload=hello there")
+    assert done.code == 0, done.err
+    assert read_records(run / "history.jsonl", SearchStep) == []
+    page = (run / "report.html").read_text()
+    assert "The search recorded no step: it ends where a string it begins from fires" in page
+    assert "Stage not run" not in page
+
+
 def test_an_interruption_while_strings_are_built_keeps_the_search_before(
     cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

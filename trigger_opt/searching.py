@@ -172,6 +172,9 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
         cost = _cost(session, outcome)
         if cost.evaluations:
             write_record(session.folder.file("cost.json"), cost)
+    if not session.folder.has("history.jsonl"):
+        # Strings it began from fired at once: it ran, and made no step.
+        write_records(session.folder.file("history.jsonl"), [])
     if (finer := rescored(session, to_verify(found, 200), objective)) is not None:
         found = finer
         write_records(session.folder.file("candidates.jsonl"), found)

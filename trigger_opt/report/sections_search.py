@@ -58,7 +58,8 @@ def curve(run: RunRecords) -> Html:
         return section(title, *gradient, note(not_run("history.jsonl")))
     steps = [s for s in run.history if math.isfinite(s.score)]
     if not steps:
-        return section(title, *gradient, note("The search recorded no step."))
+        why = "it ends where a string it begins from fires in enough of its contexts"
+        return section(title, *gradient, note(f"The search recorded no step: {why}."))
     caption = (
         "The incumbent's score after each step, in nats, on the contexts drawn for that step: neighbouring steps are "
         "not strictly comparable. The last value stands at the end of each line. A high score is not evidence; "
