@@ -10,6 +10,7 @@ from trigger_opt.models.plan import ModelSize, WeightLoad, plan_memory
 from trigger_opt.paths import data_dir
 from trigger_opt.planning import TOKENS_AFTER_SLOT, search_load
 from trigger_opt.search import BuildSettings
+from trigger_opt.search.spell import CHARACTERS, SPELLED_FINALISTS
 
 EXPERIMENT = "gcg_warmup"
 CARDS_GB = (24, 48, 80)
@@ -99,6 +100,8 @@ def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, 
     read += 3 * h.lens_tokens * per_token // 2
     counts = f"{h.lens_tokens:,} tokens ranked, {h.num_inputs * len(h.contexts):,} readings"
     yield "hypotheses", counts, read / 1e15
+    evaluations = spelling(config.build)
+    yield "search: spelling", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     evaluations = building(config.build)
     yield "search: building", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     evaluations = s.num_restarts * s.num_steps * s.search_width * s.contexts_per_step
@@ -115,6 +118,13 @@ def building(settings: BuildSettings) -> int:
     insertions = sum(settings.beam * length * each for length in range(2, settings.max_tokens + 1))
     finals = settings.max_tokens * settings.finalists * (settings.contexts - 1)
     return (MOVED_KEPT + insertions + finals) if settings.max_tokens else 0
+
+
+def spelling(settings: BuildSettings) -> int:
+    """Evaluations of strings spelled out for one payload, but for those repeated where the change is weakened."""
+    longer = sum(settings.beam + length - 2 for length in range(2, settings.max_characters + 1))
+    finals = settings.max_characters * SPELLED_FINALISTS * (settings.contexts - 1)
+    return (len(CHARACTERS) * (1 + longer) + finals) if settings.max_characters else 0
 
 
 def plan_table(config: RunConfig, size: ModelSize = QWEN_7B) -> str:

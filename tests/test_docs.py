@@ -197,21 +197,30 @@ def test_stages_of_a_run_by_hand() -> None:
         string_answer_tokens=7,
         contexts=["{trigger}"],
     )
-    config.build = BuildSettings(max_tokens=3, pool=7, singles=3, beam=2, contexts=3, finalists=5)
+    config.build = BuildSettings(max_tokens=3, pool=7, singles=3, beam=2, contexts=3, finalists=5, max_characters=3)
     config.search = replace(config.search, num_restarts=1, num_steps=3, search_width=4, contexts_per_step=2)
     config.verify = VerifySettings(candidates=1, minimise=True, random_strings=2, max_new_tokens=8)
     size = scale.QWEN_7B
     token = 2 * 2 * size.linear_parameters / 1e15
     stages, counts, pflop = zip(*scale.stages(config), strict=True)
-    assert stages == ("hypotheses", "search: building", "search", "verify")
+    assert stages == ("hypotheses", "search: spelling", "search: building", "search", "verify")
     # All that were ranked; two at two places, two at three; the best five of each length in two more contexts.
     built = 512 + (2 * 2 + 2 * 3) * 10 + 3 * 5 * 2
-    assert counts == ("100 tokens ranked, 32 readings", f"{built} evaluations", "24 evaluations", "360 answers")
+    # 94 characters: alone, behind two strings, behind two and within one; sixteen of each length in two more contexts.
+    spelled = 94 * (1 + 2 + 3) + 3 * 16 * 2
+    assert counts[1] == f"{spelled} evaluations"
+    assert (counts[0], *counts[2:]) == (
+        "100 tokens ranked, 32 readings",
+        f"{built} evaluations",
+        "24 evaluations",
+        "360 answers",
+    )
     read, answered = (50 + 20 + 6 + 10 * (12 + 6) + 22 * (12 + 3) + 150) * token, 360 * (60 + 8) * token / 2
     each = scale.flops_of(config) / 1e15
-    assert pflop == pytest.approx((read, built * each, 24 * each, answered))
+    assert pflop == pytest.approx((read, spelled * each, built * each, 24 * each, answered))
     config.build.max_tokens = 0
-    assert scale.building(config.build) == 0
+    config.build.max_characters = 0
+    assert scale.building(config.build) == scale.spelling(config.build) == 0
 
 
 def test_operations_of_an_evaluation_by_hand() -> None:

@@ -1,6 +1,7 @@
 """The package as a library: load a pair, find payloads, find triggers, verify one; the pipeline calls the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from trigger_opt import zoo
 from trigger_opt.answers import comes_late
 from trigger_opt.errors import UserError
-from trigger_opt.hypotheses import HypothesisSettings, find_hypotheses, read_off
+from trigger_opt.hypotheses import HypothesisSettings, amplified, find_hypotheses, read_off
 from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.pair import LoadOptions, ModelPair
 from trigger_opt.models.pair import load_pair as load_files
@@ -24,7 +25,7 @@ from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
 from trigger_opt.records import Candidate, GradientHealth, Hypothesis, MovedToken, Verification
-from trigger_opt.scoring import Group, Meter, engine_for
+from trigger_opt.scoring import Group, Meter, engine_for, string_log_likelihoods
 from trigger_opt.search import (
     GCG,
     BuildSettings,
@@ -38,6 +39,7 @@ from trigger_opt.search import (
     Step,
     build_up,
     ignore_state,
+    spell_out,
 )
 from trigger_opt.search import gradient_health as health_of
 from trigger_opt.tokens import TokenPolicy, allowed_ids
@@ -56,6 +58,12 @@ _OPENING = 8
 DIVERGENCE_SEARCH = "divergence_search"
 # Of the tokens that the fine-tuning moves most.
 _PRIOR = 128
+# More tokens and a nearer cap than of words: what only keeps the base from the payload then gains nothing over what
+# makes the fine-tuned model sure of it, and no character resembles the payload's own words.
+_SPELLED = PayloadOdds(cap=8.0, target_tokens=4)
+# Of the base's log likelihood of a spelled string: enough to keep odd punctuation out, little enough to let a code in
+# (experiments/LOG.md).
+_NATURAL = 0.03
 
 
 def model_files(name: str, *, allow_pickle: bool = False, allow_code: bool = False) -> ModelFiles:
@@ -237,6 +245,69 @@ def build_triggers(
     finally:
         on_cost(scorer.meter, scorer.precise_meter)
     return [b.trigger_ids for b in built]
+
+
+def spell_triggers(
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    *,
+    hypothesis: Hypothesis,
+    settings: BuildSettings | None = None,
+    policy: TokenPolicy | None = None,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    max_evaluations: int | None = None,
+    on_progress: Callable[[int, str, float], None] = lambda done, best, score: None,
+    on_cost: Callable[[Meter, Meter], None] = lambda meter, rescoring: None,
+) -> list[tuple[int, ...]]:
+    """Token ids of strings spelled out in single characters that raise the payload, for `find_triggers` to begin from;
+    see `search.spell_out`. On this process alone, also under torchrun.
+
+    Weights that are not held in numbers (quantised ones) cannot be taken back: then what raises the payload for certain
+    is not told apart.
+
+    Args: as of `build_triggers`; `on_cost` is called once for each share of the weights' change.
+    """
+    goal, payload, target = _goal(pair, hypothesis, _SPELLED)
+    tokenized = _asked(pair, contexts, payload, hypothesis.opening)
+    allowed = allowed_ids(pair.tokenizer, policy or TokenPolicy(), pair.finetuned.vocab_size)
+
+    @contextmanager
+    def at(left: float) -> Iterator[PairScorer]:
+        with amplified(pair, left) if left < 1 else nullcontext():
+            scorer = pair_scorer(pair, tokenized, goal, target, precise=False, group=Group(alone=True))
+            try:
+                yield scorer
+            finally:
+                on_cost(scorer.meter, scorer.precise_meter)
+
+    def write(texts: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in encode(pair.tokenizer, texts) if all(bool(allowed[t]) for t in ids)]
+
+    beginning = min((c.left for c in tokenized), key=len)
+
+    def natural(strings: Sequence[tuple[int, ...]]) -> list[float]:
+        nats = string_log_likelihoods(pair.base, beginning, strings, plain=pair.plain)
+        return [_NATURAL * n for n in nats]
+
+    def told(done: int, best: Built) -> None:
+        on_progress(done, decode(pair.tokenizer, best.trigger_ids), best.score)
+
+    spelled = spell_out(
+        at,
+        write,
+        lambda ids: decode(pair.tokenizer, ids),
+        settings=settings or BuildSettings(),
+        natural=natural,
+        certain=_SPELLED.upper_bound - 1,
+        weakens=next(pair.finetuned.weight_changes(pair.base), None) is not None,
+        valid=_Validity(pair.tokenizer, _asked(pair, contexts)),
+        generator=torch.Generator().manual_seed(seed),
+        max_seconds=max_seconds,
+        max_evaluations=max_evaluations,
+        on_progress=told,
+    )
+    return [b.trigger_ids for b in spelled]
 
 
 def find_triggers(

@@ -409,7 +409,7 @@ class _Table:
         self._scorer = scorer
         self._strings = strings
         self._contexts = list(contexts)
-        self._bounds = torch.tensor([scorer.bounds(s, contexts) for s in strings])
+        self._bounds = torch.tensor([scorer.bounds(s, contexts) for s in strings], dtype=torch.float32)
 
     def complete(self, rows: Sequence[int]) -> None:
         """Score these rows in all contexts."""

@@ -191,8 +191,12 @@ def _null_lines(config: RunConfig) -> list[str]:
 
 
 def _building(config: RunConfig) -> str:
-    length = config.build.max_tokens
-    return f" from strings built up to {length} tokens where some are ranked" if length else ""
+    parts = []
+    if characters := config.build.max_characters:
+        parts.append(f"to {characters} characters where there is a payload")
+    if length := config.build.max_tokens:
+        parts.append(f"to {length} tokens where some are ranked")
+    return f" from strings built up {' and '.join(parts)}" if parts else ""
 
 
 def _bound(config: RunConfig) -> str:

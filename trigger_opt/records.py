@@ -148,7 +148,8 @@ class MovedToken:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltTrigger:
-    """A short string that raises a payload or the divergence, built up from the tokens that the fine-tuning moves most.
+    """A short string that raises a payload or the divergence, built up from the tokens that the fine-tuning moves most,
+    or spelled out character by character.
 
     Attributes:
         payload: empty for divergence. trigger: text, as decoded; `trigger_ids` its tokens.

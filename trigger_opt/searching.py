@@ -297,7 +297,7 @@ def _build_strings(session: Session, progress: SearchProgress) -> None:
     them."""
     moved = _prior(session)
     # A second search on divergence shall begin elsewhere.
-    if progress.search is not None or not session.config.build.max_tokens or not moved or progress.again:
+    if progress.search is not None or progress.again:
         return
     began = progress.elapsed
     made = _built(session, progress, moved)
@@ -312,26 +312,51 @@ def _build_strings(session: Session, progress: SearchProgress) -> None:
 
 def _built(session: Session, progress: SearchProgress, moved: Sequence[int]) -> list[BuiltTrigger]:
     config, outcome, pair, goal = session.config, progress.outcome, session.pair(), progress.goals[progress.goal]
-    share, strategy = config.build.share, progress.strategy
-    seconds = strategy.max_seconds and share * strategy.max_seconds
-    evaluations = strategy.max_evaluations and max(1, int(share * strategy.max_evaluations))
+    builds = bool(moved) and config.build.max_tokens > 0
+    spells = goal is not None and config.build.max_characters > 0
+    if not (builds or spells):
+        return []
+    strategy, outset, before = progress.strategy, progress.elapsed, outcome.evaluations
+
+    def left(share: float) -> dict[str, Any]:
+        """So much of the search's share, less what building took of it."""
+        seconds, evaluations = strategy.max_seconds, strategy.max_evaluations
+        spent = progress.elapsed - outset, outcome.evaluations - before
+        return {
+            "max_seconds": None if seconds is None else max(0.0, share * seconds - spent[0]),
+            "max_evaluations": None if evaluations is None else max(1, int(share * evaluations) - spent[1]),
+        }
 
     def on_cost(meter: Meter, rescoring: Meter) -> None:
         outcome.evaluations += meter.evaluations
         outcome.spend(meter, rescoring)
 
-    with session.progress("building", unit="string", seconds=seconds) as bar:
+    built: list[tuple[int, ...]] = []
+    share = config.build.share
+    with session.progress("building", unit="string", seconds=left(share)["max_seconds"]) as bar:
+        counted = reached = 0
 
         def on_progress(done: int, best: str, score: float) -> None:
-            bar.update(done, best=best, score=score)
+            nonlocal reached
+            reached = counted + done
+            bar.update(reached, best=best, score=score)
             interrupts.check()
 
         with interrupts.deferred():
-            built = api.build_triggers(
-                pair, session.search_contexts, tokens=moved, hypothesis=goal, divergence=_objective(session, None),
-                settings=config.build, policy=config.tokens, seed=config.seed, max_seconds=seconds,
-                max_evaluations=evaluations, on_progress=on_progress, on_cost=on_cost,
-            )  # fmt: skip
+            if goal is not None and spells:
+                # Half of it where words are to be tried too.
+                built += api.spell_triggers(
+                    pair, session.search_contexts, hypothesis=goal, settings=config.build, policy=config.tokens,
+                    seed=config.seed, on_progress=on_progress, on_cost=on_cost, **left(share / 2 if builds else share),
+                )  # fmt: skip
+                counted = reached
+            if builds:
+                built += api.build_triggers(
+                    pair, session.search_contexts, tokens=moved, hypothesis=goal,
+                    divergence=_objective(session, None), settings=config.build, policy=config.tokens,
+                    seed=config.seed, on_progress=on_progress, on_cost=on_cost, **left(share),
+                )  # fmt: skip
+    built = sorted(dict.fromkeys(built), key=len)
     texts = [decode(pair.tokenizer, ids) for ids in built]
     made = [
         BuiltTrigger(payload=goal.payload if goal else "", trigger=text, trigger_ids=list(ids))

@@ -262,9 +262,7 @@ def _built(run: RunRecords) -> str:
     ]
     if not rows:
         return ""
-    return f"## Built up from the tokens moved most\n\n{BUILT_NOTE}\n\n" + table(
-        ["String", "Payload", "Tokens", "Score, nats", "Share"], rows
-    )
+    return f"## Built up\n\n{BUILT_NOTE}\n\n" + table(["String", "Payload", "Tokens", "Score, nats", "Share"], rows)
 
 
 def _rescored(run: RunRecords) -> str:

@@ -45,9 +45,9 @@ MOVED_NOTE = (
 )
 
 BUILT_NOTE = (
-    "Short strings built up token by token from the tokens moved most, the best few of each length. The share is of "
-    "the search contexts in which the payload comes out, where there is one. Where longer strings score no higher, the "
-    "string is likely whole, as far as these tokens reach."
+    "Short strings built up: token by token from the tokens moved most, the best few of each length; and, towards a "
+    "payload, character by character. The share is of the search contexts in which the payload comes out, where there "
+    "is one. Where longer strings score no higher, the string is likely whole, as far as these tokens reach."
 )
 
 _MEANING = {

@@ -4,6 +4,7 @@ from trigger_opt.scoring.divergences import js_divergence, kl_divergence, sequen
 from trigger_opt.scoring.engine import Engine, Gradient, Reduce, Request, Side, Slopes
 from trigger_opt.scoring.group import CLOCK, Group, start_group
 from trigger_opt.scoring.lanes import beside
+from trigger_opt.scoring.likelihood import string_log_likelihoods
 from trigger_opt.scoring.meter import Meter, matmul_rate
 from trigger_opt.scoring.pass_size import out_of_memory
 from trigger_opt.scoring.plain import AnyEngine, PlainEngine, engine_for, may_run_beside
@@ -29,5 +30,6 @@ __all__ = [
     "out_of_memory",
     "sequence_log_prob",
     "start_group",
+    "string_log_likelihoods",
     "tv_distance",
 ]

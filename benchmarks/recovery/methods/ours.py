@@ -49,7 +49,8 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     them; strings of those, and random ones, are read for 20 %. Where they bring out no payload, the scan of tokens and
     words goes on for another 20 % (10 % after the lens), if that is enough for 1,024 of them. The search, towards the
     two best payloads, ends at 85 %; where there is none it is on divergence for half of that, and then towards what the
-    strings found say. Where tokens were ranked, strings of them are built up first. The rest is for judging three
+    strings found say. Towards a payload, and where tokens were ranked,
+    strings are built up first. The rest is for judging three
     strings, and minimising the best, on a third of the contexts given.
     Its statistic is `verify.rule.detection_score` there.
 
@@ -197,8 +198,8 @@ def _searched(
         part = share / (len(goals) - number)
         strings: list[tuple[int, ...]] = []
         left = account.seconds_until(_SEARCHED), account.evaluations_until(_SEARCHED)
-        # As in a run: from the most moved tokens, and not before a second search on divergence.
-        if prior and builds:
+        # As in a run: towards a payload, or from the most moved tokens, and not before a second search on divergence.
+        if (prior or goal) and builds:
             strings = built(
                 pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=_SEARCHED, share=part
             )
