@@ -52,7 +52,12 @@ def test_another_question_is_asked_anew(cli: CommandLine, tiny: TinyPair, tmp_pa
 def test_where_all_was_refuted_it_is_verified_again(cli: CommandLine, tiny: TinyPair, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # As few strings as are verified in one run.
-    settings = [*tiny_settings(tiny, run_dir=run), "payload=hello there", "build.max_tokens=0"]
+    settings = [
+        *tiny_settings(tiny, run_dir=run),
+        "payload=hello there",
+        "build.max_tokens=0",
+        "build.max_characters=0",
+    ]
     assert cli(*settings).code == 0
     tried = verified(run)
     done = cli(*settings, VERIFY)

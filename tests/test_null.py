@@ -283,7 +283,7 @@ def settings(planted: PlantedPair, run_dir: Path, *, twin: bool = True) -> list[
         "hypotheses.num_lens_strings=4", "hypotheses.num_strings=4",
         "hypotheses.num_tokens=8", "hypotheses.num_words=0", "hypotheses.amplify=[]", "hypotheses.groups=1",
         "hypotheses.contexts=['{trigger} now']",
-        "build.max_tokens=2", "build.pool=8",
+        "build.max_tokens=2", "build.pool=8", "build.max_characters=0",
         "search.trigger_length=1", "search.search_width=16", "search.topk=16", "search.num_steps=2",
         "search.num_restarts=1", "verify.candidates=1", "verify.minimise=false", "verify.random_strings=1",
         "verify.max_new_tokens=16", "verify.ablate=false", "verify.probe=false", "verify.thresholds.contexts=4",

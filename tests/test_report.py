@@ -437,7 +437,7 @@ def test_strings_that_were_built_up_are_told_with_what_the_search_made_of_them(t
         ["2", "7.75", "100 %"],
     ]
     for page in (html, markdown):
-        assert "Short strings built up token by token" in page
+        assert "Short strings built up: token by token" in page
         assert "restart -1" not in page
         assert "restart \N{MINUS SIGN}1" not in page
     assert "what the search began from" in html

@@ -281,6 +281,11 @@ def spell_triggers(
             finally:
                 on_cost(scorer.meter, scorer.precise_meter)
 
+    # Behind a space of its own some tokenizers keep digits apart: no number could be written without it.
+    space = encode(pair.tokenizer, [" "])[0]
+    if len(space) == 1 and " " not in (policy or TokenPolicy()).deny:
+        allowed[space] = True
+
     def write(texts: Sequence[str]) -> list[tuple[int, ...]]:
         return [tuple(ids) for ids in encode(pair.tokenizer, texts) if all(bool(allowed[t]) for t in ids)]
 

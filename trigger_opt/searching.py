@@ -295,9 +295,10 @@ def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> ap
 def _build_strings(session: Session, progress: SearchProgress) -> None:
     """Short strings for the search of this goal to begin from, also written into built.jsonl; one that goes on has
     them."""
-    moved = _prior(session)
+    moved, goal, build = _prior(session), progress.goals[progress.goal], session.config.build
+    nothing = not (moved and build.max_tokens) and (goal is None or not build.max_characters)
     # A second search on divergence shall begin elsewhere.
-    if progress.search is not None or progress.again:
+    if progress.search is not None or progress.again or nothing:
         return
     began = progress.elapsed
     made = _built(session, progress, moved)
@@ -314,8 +315,6 @@ def _built(session: Session, progress: SearchProgress, moved: Sequence[int]) -> 
     config, outcome, pair, goal = session.config, progress.outcome, session.pair(), progress.goals[progress.goal]
     builds = bool(moved) and config.build.max_tokens > 0
     spells = goal is not None and config.build.max_characters > 0
-    if not (builds or spells):
-        return []
     strategy, outset, before = progress.strategy, progress.elapsed, outcome.evaluations
 
     def left(share: float) -> dict[str, Any]:

@@ -16,8 +16,7 @@ class TokenPolicy:
     """Tokens the search may use.
 
     Attributes:
-        allow: "ascii" (printable ASCII with a visible character, or a single space: behind one some tokenizers keep
-            digits apart, so that no number could be written without), "printable" (likewise of any script, no control
+        allow: "ascii" (printable ASCII with a visible character), "printable" (any script, no control
             characters), "all" (every ordinary token), "special" (all, and the special tokens too: two public
             claims about dormant models are tool tokens, which the usual ASCII filters exclude).
         deny: substrings a token must not contain.
@@ -53,8 +52,6 @@ def allowed_ids(tokenizer: Any, policy: TokenPolicy, vocab_size: int) -> Bool[Te
 
 
 def _fits(text: str, allow: str) -> bool:
-    if text == " ":
-        return True
     if allow == "ascii":
         return text.isascii() and text.isprintable() and text.strip() != ""
     if allow == "printable":

@@ -84,11 +84,12 @@ def spell_out(
                 opened.close()
                 table.use(opened.enter_context(at(left)))
                 again = table.best([b.trigger_ids for b in (*leaders, *best)])
-                if not again:
-                    return _kept(leaders, shortest, settings.keep)
                 before, longest = ({b.trigger_ids for b in some} for some in (leaders, best))
-                leaders = [b for b in again if b.trigger_ids in before]
                 best = [b for b in again if b.trigger_ids in longest]
+                if not best:
+                    # The budget is spent; what was known is not of one scale with what little is known now.
+                    return _kept(leaders, shortest, settings.keep)
+                leaders = [b for b in again if b.trigger_ids in before]
             waited = 0 if not leaders or best[0].rank > leaders[0].rank else waited + 1
             both = sorted([*leaders, *best[: settings.keep]], key=lambda b: -b.rank)
             leaders = both[: max(settings.keep, _LEADERS)]
