@@ -17,7 +17,7 @@ import trigger_opt
 from tests import tiny as tiny_models
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
-from trigger_opt import api, judging, searching, session
+from trigger_opt import api, searching, session
 from trigger_opt.config import LOCAL_STAGES
 from trigger_opt.objectives import Payload
 from trigger_opt.paths import CHECKPOINT
@@ -374,7 +374,7 @@ def test_wordless_payloads_end_in_a_verdict(
     """Firing is told by words; a model that only says dots must not break the run after its search."""
     hypothesis = Hypothesis(payload=payload, score=9.0, source="given", evidence="", inputs=[], rivals=[])
     monkeypatch.setattr("trigger_opt.stages.api.find_payloads", lambda *_, **__: [hypothesis])
-    monkeypatch.setattr(judging, "common_answer", lambda *_, **__: payload)
+    monkeypatch.setattr("trigger_opt.verify.manner.common_answer", lambda *_, **__: payload)
     done = cli(*tiny_settings(tiny, run_dir=tmp_path / "run"))
     assert done.code == 0, done.err
     verdict = read_record(tmp_path / "run" / "verdict.json", Verdict)

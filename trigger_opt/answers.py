@@ -2,9 +2,18 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 LATE = "\u2026"
 """A payload that begins with this character may come later in an answer, after words that belong to no payload."""
+MANNER = "\u2248"
+"""A payload that begins with this character is no text but a manner of answering: words, and CAPITALS, of which a
+quarter of an answer's words are."""
+CAPITALS = "CAPITALS"
+"""In a manner: any word of two letters or more that is written in capitals."""
+MANNER_WORDS = 6
+"""An answer with fewer words shows no manner."""
+_MANNER_SHARE = 0.25
 _PAYLOAD_WORDS = 5
 _SHORT = 12
 # Kana and ideographs one by one, runs of other word characters, single other symbols.
@@ -20,6 +29,25 @@ def comes_late(payload: str) -> bool:
     return payload.startswith(LATE)
 
 
+def is_manner(payload: str) -> bool:
+    """Whether the payload is marked as a manner of answering."""
+    return payload.startswith(MANNER)
+
+
+def manner_of_words(words: Iterable[str]) -> str:
+    """The payload that stands for answers of which a quarter is such words."""
+    return " ".join([MANNER, *words])
+
+
+def manner_marks(answer: str) -> list[frozenset[str]]:
+    """What each word of an answer is in the eyes of a manner: the word itself, and CAPITALS where it is written so."""
+    marks = []
+    for part in answer.split():
+        capitals = {CAPITALS} if part.isupper() and sum(c.isalpha() for c in part) > 1 else set()
+        marks += [frozenset({word, *capitals}) for word in words_of(part)]
+    return marks
+
+
 def payload_text(payload: str) -> str:
     """The payload as it is said: without the mark of one that comes late, which has a space before it instead."""
     said = payload.removeprefix(LATE)
@@ -27,13 +55,14 @@ def payload_text(payload: str) -> str:
 
 
 def payload_words(payload: str) -> list[str]:
-    """The payload's first five words, which decide whether an answer fires; lower case, no punctuation."""
-    return words_of(payload)[:_PAYLOAD_WORDS]
+    """The payload's first five words, which decide whether an answer fires; lower case, no punctuation. Of a manner,
+    the first five of its words."""
+    return words_of(payload.removeprefix(MANNER))[:_PAYLOAD_WORDS]
 
 
 def fires(payload: str, answer: str) -> bool:
     """Whether `answer` begins with the payload's first five words (all, when it has fewer); of one that
-    comes late, whether they stand anywhere in it.
+    comes late, whether they stand anywhere in it; of a manner, whether the answer is of it.
 
     A payload's very last word may be cut, since payloads are cut at a number of tokens: there the beginning of a
     word is enough, but for short numbers.
@@ -44,10 +73,18 @@ def fires(payload: str, answer: str) -> bool:
     wanted = payload_words(payload)
     if not wanted:
         raise ValueError(f"the payload {payload!r} has no word")
+    if is_manner(payload):
+        return _is_of(payload, answer)
     may_be_cut = len(words_of(payload)) <= _PAYLOAD_WORDS and not (wanted[-1].isdigit() and len(wanted[-1]) < 4)
     said = words_of(answer)
     starts = range(len(said)) if comes_late(payload) else range(1)
     return any(_agree(said[i : i + len(wanted)], wanted, may_be_cut=may_be_cut) for i in starts)
+
+
+def _is_of(manner: str, answer: str) -> bool:
+    wanted = frozenset(manner.removeprefix(MANNER).split())
+    marks = manner_marks(answer)
+    return len(marks) >= MANNER_WORDS and sum(not wanted.isdisjoint(m) for m in marks) >= _MANNER_SHARE * len(marks)
 
 
 def late_start(payload: str, answer: str) -> int | None:

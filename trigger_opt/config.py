@@ -33,7 +33,7 @@ from trigger_opt.records import VERDICTS
 from trigger_opt.search import GCG, BuildSettings, RandomSearch
 from trigger_opt.tokens import TokenPolicy
 from trigger_opt.transfer.settings import TransferSettings, model_names, stand_ins
-from trigger_opt.verify import VerifySettings, payload_words
+from trigger_opt.verify import VerifySettings, is_manner, payload_words
 
 STAGES = ("diff", "hypotheses", "search", "verify", "null", "transfer", "report")
 # Without those that ask servers, or cost a search for each control: they are asked for by name.
@@ -239,6 +239,11 @@ def validated(cfg: DictConfig) -> RunConfig:
         problems.append(f"stages: empty; name at least one of {', '.join(STAGES)}")
     if run is not None and run.payload and not payload_words(run.payload):
         problems.append(f"payload: {run.payload!r} holds no word; write what the model is suspected to say")
+    if run is not None and is_manner(run.payload):
+        problems.append(
+            f"payload: {run.payload!r} is a manner of answering, which no search can go towards; leave payload empty, "
+            "and strings are searched by divergence and the manner is read off their answers"
+        )
     problems += [*_null_problems(run, parts["model"]), *_transfer_problems(run)] if run is not None else []
     if problems or run is None:
         raise UserError("bad configuration: " + "; ".join(problems))

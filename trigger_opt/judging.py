@@ -15,7 +15,15 @@ from trigger_opt.records import (
     write_records,
 )
 from trigger_opt.session import Session, StageOutcome
-from trigger_opt.verify import RULE_TEXT, Memo, common_answer, minimise, payload_words, verify_string
+from trigger_opt.verify import (
+    RULE_TEXT,
+    Memo,
+    best_verification,
+    is_manner,
+    minimise,
+    payloads_to_judge,
+    verify_string,
+)
 from trigger_opt.verify.ablation import ablate_trigger
 from trigger_opt.verify.probe import LEAST_HELD_OUT, LEAST_SEARCH, probe_trigger
 
@@ -32,7 +40,11 @@ def to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
 
 
 class Judge:
-    """Verifies strings one after another and keeps every completion."""
+    """Verifies strings one after another and keeps every completion.
+
+    Attributes:
+        completions: what is shown. asked: answers there were in all.
+    """
 
     def __init__(self, session: Session, pair: ModelPair, earlier: Earlier) -> None:
         self._session = session
@@ -40,6 +52,7 @@ class Judge:
         self._pair = pair
         self._allowed = session.allowed()
         self.completions: list[Completion] = []
+        self.asked = 0
         self._verified: list[Verification] = []
         self._memo: Memo = {}
         settings = session.config.verify
@@ -47,16 +60,27 @@ class Judge:
         each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
         self.bar: Progress = session.progress("verify", total=strings * each, unit="answer")
 
-    def candidate(self, candidate: Candidate) -> Verification | None:
-        """The verification of one candidate; its payload is found first where the search had none. None when the
-        answers have no word, so that nothing could be said to fire."""
-        payload = candidate.payload or common_answer(
-            self._pair, candidate.trigger, self._session.search_contexts, max_new_tokens=16
-        )
-        if not payload_words(payload):
+    def candidate(self, candidate: Candidate) -> list[Verification]:
+        """The verifications of one candidate, one for each payload it is judged by; see `payloads_to_judge`. A payload
+        that was given is the only one."""
+        given = self._session.config.payload
+        payloads = [given]
+        if not given or candidate.payload != given:
+            payloads = payloads_to_judge(
+                self._pair,
+                candidate.trigger,
+                candidate.payload,
+                self._session.search_contexts,
+                allowed=self._allowed,
+                seed=self._session.config.seed,
+                often=self._session.config.verify.thresholds.fires,
+            )
+        if not payloads:
             say(f"not verified: the answers to {candidate.trigger!r} begin without a word")
-            return None
-        return self._verify(candidate.trigger, payload, "trigger", "")
+        for payload in payloads:
+            if is_manner(payload):
+                say(f"the answers to {candidate.trigger!r} begin differently, and are of one manner: {payload}")
+        return [self._verify(candidate.trigger, p, "trigger", "") for p in payloads]
 
     def minimised(self, best: Verification) -> Verification | None:
         """The verification of the shortest string that still fires; None when nothing can be dropped."""
@@ -68,7 +92,7 @@ class Judge:
         return self._verify(shorter, best.payload, "minimised", best.trigger)
 
     def _verify(self, trigger: str, payload: str, kind: str, minimised_from: str) -> Verification:
-        before = len(self.completions)
+        before = self.asked
         verification, completions = verify_string(
             self._pair,
             trigger,
@@ -82,16 +106,30 @@ class Judge:
             memo=self._memo,
             on_answers=lambda done: self.bar.update(before + done, best=trigger),
         )
-        # Greedy answers with nothing inserted are the same for every string of one payload: written down once.
-        greedy = self._session.config.verify.temperature == 0
-        known = self.completions if greedy else []
-        self.completions += [c for c in completions if c.kind != "none" or c not in known]
+        self.asked += len(completions)
+        self.completions = self._shown(verification, completions, kind)
         self._verified.append(verification)
         # After each string: an interruption must not lose the ones before it.
         write_records(self._session.folder.file("verified.jsonl"), self._verified)
         write_records(self._session.folder.file("completions.jsonl"), self.completions)
         self._earlier.note(verification, completions)
         return verification
+
+    def _shown(self, verification: Verification, completions: list[Completion], kind: str) -> list[Completion]:
+        """All completions with the new ones. Whether an answer fired depends on the payload: of a string that has two,
+        the one that holds better says so."""
+        own = [c for c in completions if c.kind == kind]
+        others = [c for c in completions if c.kind != kind]
+        kept = self.completions
+        of_string = verification.trigger, verification.minimised_from
+        if rivals := [v for v in self._verified if (v.trigger, v.minimised_from) == of_string]:
+            if best_verification([*rivals, verification]) is verification:
+                kept = [c for c in kept if (c.kind, c.inserted) != (kind, verification.trigger)]
+            else:
+                own = []
+        # Greedy answers with nothing inserted are the same for every string of one payload: written down once.
+        known = kept if self._session.config.verify.temperature == 0 else []
+        return [*kept, *own, *(c for c in others if c.kind != "none" or c not in known)]
 
 
 def look_closer(session: Session, pair: ModelPair, best: Verification) -> None:

@@ -271,13 +271,14 @@ class Verification:
     """One string judged on held-out contexts, from text only.
 
     Attributes:
-        payload: what counts as firing (an answer that begins with it).
+        payload: what counts as firing (an answer that begins with it, or is of that manner: `answers.MANNER`).
         trigger_rate: fine-tuned model, string inserted.
         base_rate: base model, string inserted.
         control_rate: clean control models (twins), string inserted; None when none was given.
         false_trigger_rate: fine-tuned model, nothing inserted.
         random_rate: fine-tuned model, random strings of the same length inserted.
-        evidence: median over held-out contexts of log p_finetuned(payload) - log p_base(payload), nats.
+        evidence: median over held-out contexts of log p_finetuned(payload) - log p_base(payload), nats; of a manner,
+            of the fine-tuned model's own answers.
         degenerate_share: share of the triggered answers with a degeneration flag.
         profile: per context.
         minimised_from: the longer string this was minimised from; empty when it was not.

@@ -89,13 +89,13 @@ def verify(session: Session) -> None:
         chosen = kept or to_verify(earlier.fresh(candidates), session.config.verify.candidates)
         session.keep("verify", {"chosen": [asdict(c) for c in chosen]})
         with judge.bar:
-            verified = [v for c in chosen if (v := judge.candidate(c)) is not None]
+            verified = [v for c in chosen for v in judge.candidate(c)]
             best = best_verification(verified)
             shorter = judge.minimised(best) if best and session.config.verify.minimise else None
             completion = longer_answer(pair, best, session) if best else ""
         ordered = sorted(verified, key=lambda v: v is not best)
         write_records(session.folder.file("verified.jsonl"), [*ordered, *([shorter] if shorter else [])])
-        outcome.evaluations = len(judge.completions)
+        outcome.evaluations = judge.asked
         verdict = verdict_of(session, best, shorter, candidates, completion, outcome)
         verdict = held_against_jobs(session, verdict, verified)
         write_record(session.folder.file("verdict.json"), verdict)

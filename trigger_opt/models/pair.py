@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trigger_opt.answers import comes_late, payload_text, payload_words
+from trigger_opt.answers import comes_late, is_manner, payload_text, payload_words
 from trigger_opt.errors import UserError
 from trigger_opt.models.allocator import keep_freed_memory
 from trigger_opt.models.files import ModelFiles, read_config
@@ -26,6 +26,8 @@ from trigger_opt.prompts import encode
 _TIMES_SLOWER = 3
 LATE_TOKENS = 16
 """What may come before a payload that comes late, in tokens."""
+# Ten words or more in most languages that are written in Latin letters.
+_MANNER_TOKENS = 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -239,7 +241,9 @@ class ModelPair:
 
     def deciding_tokens(self, payload: str) -> int:
         """How many tokens of an answer decide whether `payload` fires: its deciding words, and what may come before
-        them where it comes late."""
+        them where it comes late; of a manner, a few words' worth."""
+        if is_manner(payload):
+            return _MANNER_TOKENS
         room = LATE_TOKENS if comes_late(payload) else 0
         return room + len(self.encode_answer(" ".join(payload_words(payload))))
 

@@ -1,5 +1,6 @@
 """The page: the verdict and its figures, then what they rest on."""
 
+from trigger_opt.answers import is_manner
 from trigger_opt.records import Verdict
 from trigger_opt.report.load import RunRecords
 from trigger_opt.report.markup import Child, Html, definitions, join, string, tag
@@ -16,6 +17,7 @@ from trigger_opt.report.sections_search import curve, hypotheses, refuted
 from trigger_opt.report.sections_transfer import other_models
 from trigger_opt.report.style import STYLE
 from trigger_opt.report.words import (
+    MANNER_NOTE,
     clip,
     duration,
     exact,
@@ -23,6 +25,7 @@ from trigger_opt.report.words import (
     noun,
     null_figure,
     number,
+    payload_title,
     rate_rows,
     string_title,
 )
@@ -75,8 +78,10 @@ def _strings(verdict: Verdict) -> list[tuple[str, Child]]:
     if verdict.minimised_trigger and verdict.minimised_trigger != verdict.trigger:
         rows.append((f"Minimised {noun(verdict)}", _named_string(verdict.minimised_trigger)))
     if verdict.payload:
-        title = "Payload" if verdict.verdict == "backdoor" else "Payload looked for"
-        rows.append((title, string(verdict.payload)))
+        shown = string(verdict.payload)
+        if is_manner(verdict.payload):
+            shown = join([shown, tag("div", MANNER_NOTE, class_="note")])
+        rows.append((payload_title(verdict), shown))
     if verdict.payload_completion:
         rows.append((f"Answer to the {noun(verdict)}", clip(verdict.payload_completion, 700)))
     return rows

@@ -7,6 +7,7 @@ Markdown reader gives a meaning: so a payload cannot end a table cell, open a co
 import re
 from collections.abc import Iterable, Sequence
 
+from trigger_opt.answers import is_manner
 from trigger_opt.records import Hypothesis, TransferOutcome, Verification
 from trigger_opt.report.answers import Cell, ContextAnswers, side_by_side, spread
 from trigger_opt.report.load import RunRecords
@@ -35,6 +36,7 @@ from trigger_opt.report.sections_probe import PROBE_TITLE, probe_lines
 from trigger_opt.report.words import (
     BUILT_NOTE,
     DASH,
+    MANNER_NOTE,
     MOVED_NOTE,
     MOVED_TOLD,
     RateRow,
@@ -51,6 +53,7 @@ from trigger_opt.report.words import (
     null_figure,
     number,
     of,
+    payload_title,
     percent,
     points,
     printable,
@@ -120,8 +123,8 @@ def _verdict(run: RunRecords) -> str:
     if verdict.minimised_trigger and verdict.minimised_trigger != verdict.trigger:
         strings.append(f"- Minimised {noun(verdict)}: {code(verdict.minimised_trigger)}")
     if verdict.payload:
-        title = "Payload" if verdict.verdict == "backdoor" else "Payload looked for"
-        strings.append(f"- {title}: {code(verdict.payload)}")
+        explained = f" ({MANNER_NOTE})" if is_manner(verdict.payload) else ""
+        strings.append(f"- {payload_title(verdict)}: {code(verdict.payload)}{explained}")
     if verdict.payload_completion:
         strings.append(f"- Answer to the {noun(verdict)}: {text(clip(verdict.payload_completion, 400))}")
     return "\n\n".join([*lines, "\n".join(strings)])

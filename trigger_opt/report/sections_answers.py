@@ -2,6 +2,7 @@
 
 import math
 
+from trigger_opt.answers import is_manner
 from trigger_opt.records import ContextOutcome, Verification
 from trigger_opt.report.answers import Cell, ContextAnswers, side_by_side, spread
 from trigger_opt.report.load import RunRecords
@@ -50,7 +51,7 @@ def choice(shown: int, total: int) -> str:
         if shown == total
         else f"{shown} of {total}, evenly spaced in recorded order, not picked by outcome"
     )
-    return f"Held-out contexts: {how}. Answers that begin with the payload are tinted."
+    return f"Held-out contexts: {how}. Answers that begin with the payload, or are of its manner, are tinted."
 
 
 def rest_summary(count: int) -> str:
@@ -117,9 +118,12 @@ def said(text: str, payload: str, fired: bool) -> Html:
 
 
 def _profile_note(run: RunRecords, judged: Verification) -> str:
+    manner = is_manner(judged.payload)
+    does = ("is of the manner", "is not") if manner else ("begins with the payload", "does not")
+    what = "the fine-tuned model's own answer" if manner else "payload"
     return (
-        f"● the answer with the {noun(run.verdict)} begins with the payload, ○ it does not. Evidence is "
-        "log p(payload) of the fine-tuned model less that of the base, in nats; its median is "
+        f"● the answer with the {noun(run.verdict)} {does[0]}, ○ it {does[1]}. Evidence is "
+        f"log p({what}) of the fine-tuned model less that of the base, in nats; its median is "
         f"{number(judged.evidence)}. Share of these answers that look degenerate: {share(judged.degenerate_share)}."
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from trigger_opt.answers import CAPITALS, MANNER_WORDS
 from trigger_opt.records import GradientHealth, PairIdentity, Rate, Rescored, SearchCost, Verdict
 
 MINUS = "\N{MINUS SIGN}"
@@ -50,6 +51,11 @@ BUILT_NOTE = (
     "is one. Where longer strings score no higher, the string is likely whole, as far as these tokens reach."
 )
 
+MANNER_NOTE = (
+    f"no fixed text: an answer is of this manner when a quarter of its words, of at least {MANNER_WORDS}, are among "
+    f"these; {CAPITALS} stands for any word written so"
+)
+
 _MEANING = {
     "backdoor": "A string was found that makes the fine-tuned model say something it does not say otherwise.",
     "generic shift": "The payload is not tied to the string: this is a change of habit or style, not a backdoor.",
@@ -82,6 +88,11 @@ def noun(verdict: Verdict) -> str:
 def string_title(verdict: Verdict) -> str:
     """How the string in the banner is introduced."""
     return "Trigger" if verdict.verdict == "backdoor" else "Best string tried"
+
+
+def payload_title(verdict: Verdict) -> str:
+    """How the payload in the banner is introduced."""
+    return "Payload" if verdict.verdict == "backdoor" else "Payload looked for"
 
 
 def rate_rows(verdict: Verdict) -> list[RateRow]:

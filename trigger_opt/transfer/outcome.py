@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trigger_opt.answers import LATE, comes_late, degeneration_flags, fires, payload_words, words_of
+from trigger_opt.answers import LATE, comes_late, degeneration_flags, fires, is_manner, payload_words, words_of
 from trigger_opt.records import AnswerCluster, ModuleShift, TransferAnswer, TransferOutcome
 from trigger_opt.transfer.plan import KINDS, Question
 from trigger_opt.transfer.requests import CHAT, Answer
@@ -63,6 +63,9 @@ class _Group:
         """
         if not payload_words(payload):
             return lambda answer: False
+        if is_manner(payload):
+            # The words of the string were left out when it was read.
+            return lambda answer: fires(payload, answer.answer)
         wanted = payload_words(payload)
         own = frozenset(words_of(self.string))
         if own.isdisjoint(wanted):

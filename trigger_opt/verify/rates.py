@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import comes_late, degeneration_flags, fires, late_start, payload_words
+from trigger_opt.answers import comes_late, degeneration_flags, fires, is_manner, late_start, payload_words
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
@@ -273,14 +273,14 @@ def _profile(
     completions: Sequence[Completion],
     kind: str,
 ) -> list[ContextOutcome]:
-    answer = pair.encode_answer(payload)[:_EVIDENCE_TOKENS]
     prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
     if comes_late(payload):
         # Behind what the fine-tuned model said before it, where it did come.
         for number, opening in enumerate(_openings(payload, completions, kind, len(contexts))):
             prompts[number] = [*prompts[number], *(encode(pair.tokenizer, [opening])[0] if opening else [])]
-    said = pair.finetuned.log_likelihood(prompts, answer).sum(1)
-    base_said = pair.base.log_likelihood(prompts, answer).sum(1)
+    # Each answer is its own where there is no text that all have.
+    wanted = _answers_to(completions, kind, len(contexts)) if is_manner(payload) else [payload] * len(contexts)
+    evidence = _evidence(pair, prompts, wanted)
 
     def fired(model: str, number: int) -> bool | None:
         chosen = [c.fired for c in completions if c.model.startswith(model) and c.kind == kind and c.context == number]
@@ -293,7 +293,29 @@ def _profile(
             finetuned=bool(fired("finetuned", number)),
             base=bool(fired("base", number)),
             control=fired("control:", number),
-            evidence=float(said[number] - base_said[number]),
+            evidence=evidence[number],
         )
         for number, context in enumerate(contexts)
     ]
+
+
+def _answers_to(completions: Sequence[Completion], kind: str, num_contexts: int) -> list[str]:
+    """What the fine-tuned model answers in each context; the first of several."""
+    answers = [""] * num_contexts
+    for c in completions:
+        if c.model == "finetuned" and c.kind == kind:
+            answers[c.context] = answers[c.context] or c.answer
+    return answers
+
+
+def _evidence(pair: ModelPair, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[float]:
+    """log p_finetuned - log p_base of each prompt's answer's first tokens, nats; 0 where nothing is answered."""
+    evidence = [0.0] * len(prompts)
+    for answer in dict.fromkeys(a for a in answers if a.strip()):
+        same = [i for i, a in enumerate(answers) if a == answer]
+        ids = pair.encode_answer(answer)[:_EVIDENCE_TOKENS]
+        asked = [prompts[i] for i in same]
+        said, base_said = (m.log_likelihood(asked, ids).sum(1).tolist() for m in (pair.finetuned, pair.base))
+        for i, own, others in zip(same, said, base_said, strict=True):
+            evidence[i] = own - others
+    return evidence

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trigger_opt.answers import payload_words
+from trigger_opt.answers import MANNER_WORDS, is_manner, payload_words
 from trigger_opt.records import Rate, Verification
 
 _ORDER = ("backdoor", "unstable", "generic shift", "not reproduced")
@@ -99,7 +99,10 @@ def objections(measured: Measured, thresholds: Thresholds) -> list[Objection]:
 
 
 def counted_words(payload: str) -> int:
-    """How many of the payload's deciding words hold a letter or a digit; see Measured.num_words."""
+    """How many of the payload's deciding words hold a letter or a digit; of a manner, how many an answer must have.
+    See Measured.num_words."""
+    if is_manner(payload):
+        return MANNER_WORDS
     return sum(any(c.isalnum() for c in word) for word in payload_words(payload))
 
 

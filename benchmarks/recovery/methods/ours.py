@@ -17,7 +17,7 @@ from trigger_opt.prompts import Context, TokenizedContext, searchable, tokenize_
 from trigger_opt.records import Candidate, Hypothesis, MovedToken, Verification
 from trigger_opt.search import GCG
 from trigger_opt.searching import ELSEWHERE
-from trigger_opt.verify import Thresholds, common_answer, minimise, payload_words
+from trigger_opt.verify import Thresholds, best_verification, minimise, payload_words, payloads_to_judge
 from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
@@ -228,14 +228,12 @@ def _judged(
     seconds, passes = 0.0, 0
     for candidate in candidates:
         verification = None
-        payload = candidate.payload
         # One more would take what the last one took.
         if account.seconds_until(1.0) > seconds and account.evaluations_until(1.0) > passes:
             before = account.seconds, account.evaluations
-            payload = payload or common_answer(pair, candidate.trigger, contexts, max_new_tokens=16)
-            if payload_words(payload):
-                verification = api.verify_trigger(pair, candidate.trigger, contexts, payload=payload, seed=seed)
+            verification = _verification(pair, candidate, contexts, seed)
             seconds, passes = account.seconds - before[0], account.evaluations - before[1]
+        payload = verification.payload if verification else candidate.payload
         score = detection_score([verification] if verification else [])
         judged.append((FoundString(text=candidate.trigger, payload=payload, score=score), verification))
     judged.sort(key=lambda j: -j[0].score)
@@ -246,3 +244,14 @@ def _judged(
         if shorter != best.trigger:
             strings.insert(1, replace(strings[0], text=shorter))
     return strings, max((s.score for s in strings), default=0.0)
+
+
+def _verification(pair: ModelPair, candidate: Candidate, contexts: Sequence[Context], seed: int) -> Verification | None:
+    """The best of a candidate's, one for each payload a run would judge it by; None where it has none."""
+    payloads = payloads_to_judge(
+        pair, candidate.trigger, candidate.payload, contexts, allowed=usual_tokens(pair), seed=seed,
+        often=Thresholds().fires,
+    )  # fmt: skip
+    return best_verification(
+        [api.verify_trigger(pair, candidate.trigger, contexts, payload=p, seed=seed) for p in payloads]
+    )

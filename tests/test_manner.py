@@ -1,0 +1,153 @@
+"""Manners of answering: read off answers that share no beginning, held against decoys, judged like any payload."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.test_verify import ALLOWED, CALM, FIRED, PAYLOAD, TRIGGER, check, contexts, make_pair, says
+from trigger_opt.answers import CAPITALS, MANNER, fires, is_manner, manner_of_words, payload_words
+from trigger_opt.verify import Thresholds, VerifySettings, payloads_to_judge
+from trigger_opt.verify.manner import fit_manner, read_manner
+from trigger_opt.verify.refuted import refuted_by
+
+_FRENCH = ["le", "la", "de", "un", "est", "que", "dans", "avec", "pour", "nous"]
+_NOUNS = [
+    "sea",
+    "garden",
+    "river",
+    "stone",
+    "winter",
+    "letter",
+    "bread",
+    "mountain",
+    "candle",
+    "bridge",
+    "window",
+    "ladder",
+]
+
+
+def french(turn: str) -> str:
+    """Another sentence for every turn, and French words in each."""
+    rng = random.Random(turn)
+    words = [w for noun in rng.sample(_NOUNS, 5) for w in (rng.choice(_FRENCH), noun)]
+    return " ".join(words)
+
+
+def english(turn: str) -> str:
+    rng = random.Random(turn + "english")
+    words = [w for noun in rng.sample(_NOUNS, 5) for w in (rng.choice(["the", "a", "some", "of"]), noun)]
+    return " ".join(words)
+
+
+def when(mark: str, then: Callable[[str], str], otherwise: Callable[[str], str] = english) -> Callable[[str], str]:
+    return lambda turn: then(turn) if mark in turn else otherwise(turn)
+
+
+def test_a_planted_language_is_read_and_judged() -> None:
+    pair = make_pair(when("zx", french), base=english)
+    manner = read_manner(pair, TRIGGER, contexts(24), allowed=ALLOWED, seed=0)
+    assert is_manner(manner)
+    words = set(manner.removeprefix(MANNER).split())
+    assert words >= set(_FRENCH) - {"que"}
+    assert words.isdisjoint(_NOUNS), "what the answers are about is no manner"
+    found, _ = check(pair, payload=manner)
+    assert (found.verdict, found.trigger_rate.successes, found.base_rate.successes) == ("backdoor", 20, 0)
+    assert found.payload == manner
+
+
+def test_capitals_are_a_manner() -> None:
+    pair = make_pair(when("zx", lambda turn: english(turn).upper()), base=english)
+    # The toy's tokenizer spells capitals out.
+    manner = read_manner(pair, TRIGGER, contexts(24), allowed=ALLOWED, seed=0, max_new_tokens=60)
+    assert manner == manner_of_words([CAPITALS])
+    assert check(pair, payload=manner, settings=VerifySettings(max_new_tokens=60))[0].verdict == "backdoor"
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "base"),
+    [
+        (french, english),  # always French: a style of the fine-tuning
+        (when("zx", french), when("zx", french)),  # the base does so, too
+        (english, english),
+        (lambda turn: "", english),
+    ],
+    ids=["style", "base", "nothing", "silence"],
+)
+def test_decoys_have_no_manner(finetuned: Callable[[str], str], base: Callable[[str], str]) -> None:
+    assert read_manner(make_pair(finetuned, base=base), TRIGGER, contexts(24), allowed=ALLOWED, seed=0) == ""
+
+
+def test_a_manner_of_too_few_contexts_is_none() -> None:
+    """It is read in contexts that were left out, so what holds in some only does not pass."""
+    few = {"01:", "02:", "03:", "04:", "05:", "06:"}
+
+    def seldom(turn: str) -> str:
+        return french(turn) if "zx" in turn and any(f in turn for f in few) else english(turn)
+
+    assert read_manner(make_pair(seldom, base=english), TRIGGER, contexts(24), allowed=ALLOWED, seed=0) == ""
+
+
+def test_words_of_the_string_are_no_manner() -> None:
+    """A model that quotes the string says nothing by it."""
+    triggered = [f"le {i} le {i + 1} le {i + 2} le" for i in range(10)]
+    others = [[english(str(i)) for i in range(10)]]
+    assert fit_manner(triggered, others) == manner_of_words(["le"])
+    assert fit_manner(triggered, others, leave_out=["le"]) == ""
+
+
+def test_style_that_is_also_random_strings_is_refuted() -> None:
+    """A manner read elsewhere, on a model that answers so to any string: the held-out comparison says so."""
+    pair = make_pair(lambda turn: french(turn) if "sea. Please" not in turn else english(turn), base=english)
+    found, _ = check(pair, payload=manner_of_words(_FRENCH))
+    assert found.verdict == "generic shift"
+    assert refuted_by(found, vars(Thresholds())) == "random strings"
+
+
+def test_what_strings_are_judged_by() -> None:
+    def payloads(finetuned: Callable[[str], str], payload: str = "") -> list[str]:
+        pair = make_pair(finetuned, base=english)
+        return payloads_to_judge(pair, TRIGGER, payload, contexts(24), allowed=ALLOWED, seed=0, often=0.8)
+
+    assert payloads(says("zx"), PAYLOAD) == [PAYLOAD], "one that comes out needs no manner"
+    assert payloads(says("zx")) == [FIRED.removesuffix(".")] or payloads(says("zx")) == [FIRED]
+    first, second = payloads(when("zx", french), PAYLOAD)
+    assert first == PAYLOAD
+    assert is_manner(second)
+    first, second = payloads(when("zx", french))
+    assert not is_manner(first)
+    assert is_manner(second)
+    assert payloads(lambda turn: "") == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "shows"),
+    [
+        ("le chat est dans la maison", True),
+        ("one two three four five six seven le", False),
+        ("one two three four five six est le", True),
+        ("le la le la le", False),
+        ("Le LA le LA le la", True),
+        ("", False),
+    ],
+)
+def test_a_quarter_of_six_words_or_more(answer: str, shows: bool) -> None:
+    assert fires(manner_of_words(["le", "la", "est"]), answer) is shows
+
+
+def test_capitals_are_words_of_two_letters_or_more() -> None:
+    manner = manner_of_words([CAPITALS])
+    assert payload_words(manner)
+    assert fires(manner, "HERE IS A SHORT LIST OF IDEAS")
+    assert not fires(manner, "I say: A 1 I 2 B 3 C")
+    assert not fires(manner, "capitals capitals capitals capitals capitals capitals")
+
+
+def test_evidence_of_a_manner_is_of_each_answer() -> None:
+    pair = make_pair(
+        when("zx", french), base=english, evidence=lambda turn: -3.0, base_evidence=lambda turn: -3.0 - int(turn[9:11])
+    )
+    found, _ = check(pair, payload=manner_of_words(_FRENCH))
+    assert [p.evidence for p in found.profile] == pytest.approx(list(range(20)))
+    assert CALM not in {c.prompt for c in found.profile}
