@@ -100,8 +100,8 @@ def stages(config: RunConfig, size: ModelSize = QWEN_7B) -> Iterator[tuple[str, 
     read += 3 * h.lens_tokens * per_token // 2
     counts = f"{h.lens_tokens:,} tokens ranked, {h.num_inputs * len(h.contexts):,} readings"
     yield "hypotheses", counts, read / 1e15
-    evaluations = spelling(config.build)
-    yield "search: spelling", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
+    if evaluations := spelling(config.build):
+        yield "search: spelling", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     evaluations = building(config.build)
     yield "search: building", f"{evaluations:,} evaluations", evaluations * flops_of(config, size) / 1e15
     evaluations = s.num_restarts * s.num_steps * s.search_width * s.contexts_per_step
@@ -122,7 +122,7 @@ def building(settings: BuildSettings) -> int:
 
 def spelling(settings: BuildSettings) -> int:
     """Evaluations of strings spelled out for one payload, but for those repeated where the change is weakened."""
-    longer = sum(settings.beam + length - 2 for length in range(2, settings.max_characters + 1))
+    longer = sum(settings.beam + length - 1 for length in range(2, settings.max_characters + 1))
     finals = settings.max_characters * SPELLED_FINALISTS * (settings.contexts - 1)
     return (len(CHARACTERS) * (1 + longer) + finals) if settings.max_characters else 0
 

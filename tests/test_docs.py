@@ -206,8 +206,9 @@ def test_stages_of_a_run_by_hand() -> None:
     assert stages == ("hypotheses", "search: spelling", "search: building", "search", "verify")
     # All that were ranked; two at two places, two at three; the best five of each length in two more contexts.
     built = 512 + (2 * 2 + 2 * 3) * 10 + 3 * 5 * 2
-    # 94 characters: alone, behind two strings, behind two and within one; sixteen of each length in two more contexts.
-    spelled = 94 * (1 + 2 + 3) + 3 * 16 * 2
+    # 94 characters: alone; behind two strings and within the best of one, then of two; sixteen of each length in two
+    # more contexts.
+    spelled = 94 * (1 + (2 + 1) + (2 + 2)) + 3 * 16 * 2
     assert counts[1] == f"{spelled} evaluations"
     assert (counts[0], *counts[2:]) == (
         "100 tokens ranked, 32 readings",

@@ -309,6 +309,13 @@ def test_seed_strings_are_considered_and_can_end_the_search_at_once() -> None:
     assert found[0].step == found[0].restart == -1
 
 
+def test_strings_to_begin_from_end_with_the_budget_and_leave_no_step() -> None:
+    strings = tuple((i, i + 1, i + 2, i + 3) for i in range(5, 25))
+    found, steps = run(small(max_evaluations=1), Toy(), seeds=Seeds(strings=strings))
+    assert 0 < len(found) < len(strings)
+    assert steps == []
+
+
 def test_seed_strings_of_another_length_are_scored_too() -> None:
     class AnyLength(Toy):
         def score(self, candidates: Tensor, contexts: Sequence[int], **options: Any) -> Tensor:

@@ -107,7 +107,7 @@ def spelled(
         bench.at,
         write,
         read,
-        settings=BuildSettings(**({"contexts": 2, "beam": 2} | settings)),
+        settings=BuildSettings(**({"max_characters": 16, "contexts": 2, "beam": 2} | settings)),
         certain=CAP - 1,
         weakens=weakens,
         natural=natural,

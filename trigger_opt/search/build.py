@@ -40,7 +40,7 @@ class BuildSettings:
     finalists: Annotated[int, Field(ge=1)] = 64
     keep: Annotated[int, Field(ge=1)] = 2
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    max_characters: Annotated[int, Field(ge=0)] = 16
+    max_characters: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if (most := max(self.beam, self.singles, self.keep)) > self.finalists:

@@ -30,6 +30,10 @@ from trigger_opt.search.protocol import (
 )
 
 
+# Whole strings scored on all contexts between two looks at the budget.
+_CONSIDERED_AT_ONCE = 4
+
+
 class NoValidStringError(ValueError):
     """No string of allowed tokens can be typed in the contexts given."""
 
@@ -146,9 +150,18 @@ class Searcher:
                 return
 
     def consider(self, strings: Sequence[Sequence[int]]) -> None:
-        """Score whole strings on all contexts and keep them among the found."""
+        """Score whole strings on all contexts and keep them among the found; the first few at least, the others while
+        the budget lasts."""
         for length in sorted({len(s) for s in strings}):
-            self._check(torch.tensor([list(s) for s in strings if len(s) == length]), -1, -1)
+            for some in torch.tensor([list(s) for s in strings if len(s) == length]).split(_CONSIDERED_AT_ONCE):
+                if self.found and self.exhausted:
+                    return
+                self._check(some, -1, -1)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the whole budget is spent."""
+        return self._exhausted(1.0)
 
     @property
     def succeeded(self) -> bool:

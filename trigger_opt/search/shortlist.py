@@ -10,7 +10,7 @@ from trigger_opt.search.protocol import Scorer, Validity
 
 Ids = tuple[int, ...]
 # Scored at once: between two batches the time is looked at.
-_BATCH = 128
+_BATCH = 64
 # How many are told apart by how natural they are, too.
 _NATURAL = 64
 _ENDLESS = 2**62
@@ -76,18 +76,21 @@ class Shortlist:
     def best(self, strings: Iterable[Ids]) -> list[Built]:
         """Those of `strings`, of any lengths, that got into the final, best first, with their mean over all contexts
         drawn."""
-        left = self._usable(strings)
-        if not left:
-            return []
-        # Of a divergence over several tokens all are forced along what one of them brings out.
-        reference = left[0]
-        self._scorer.prepare(torch.tensor(reference), self._first)
+        left = list(dict.fromkeys(strings))
+        reference: Ids | None = None
         keep = max(self._finalists, self._keep, _NATURAL if self._natural else 0)
         scored: dict[Ids, float] = {}
         while left and (room := self._room()):
             # The likeliest first, should the budget end; of these, those that begin alike beside each other: their
             # beginnings are computed once.
-            batch, left = sorted(left[: min(room, _BATCH)]), left[min(room, _BATCH) :]
+            batch, left = self._usable(left[: min(room, _BATCH)]), left[min(room, _BATCH) :]
+            if not batch:
+                continue
+            if reference is None:
+                # Of a divergence over several tokens all are forced along what one of them brings out.
+                reference = batch[0]
+                self._scorer.prepare(torch.tensor(reference), self._first)
+            batch.sort()
             # What cannot get into the final need not be scored to the end.
             scored |= self._scores(batch, self._first, keep=keep)
             self._done += len(batch)
@@ -103,20 +106,19 @@ class Shortlist:
             count = len(self._others)
             room = self._room() // count if count else self._finalists
             order = order[: max(self._keep, min(self._finalists, room))]
-        if self._others and order:
+        if self._others and order and reference is not None:
             self._scorer.prepare(torch.tensor(reference), self._others)
             others = self._scores(order, self._others)
             scored |= {s: (scored[s] + count * o) / (count + 1) for s, o in others.items()}
         made = [Built(trigger_ids=s, score=scored[s], natural=natural[s]) for s in order if math.isfinite(scored[s])]
         return sorted(made, key=lambda b: -b.rank)
 
-    def _usable(self, strings: Iterable[Ids]) -> list[Ids]:
-        """Each valid string once, in the order given."""
-        distinct = list(dict.fromkeys(strings))
+    def _usable(self, strings: Sequence[Ids]) -> list[Ids]:
+        """The valid ones, in the order given."""
         fine: set[Ids] = set()
-        for alike in _by_length(distinct):
+        for alike in _by_length(strings):
             fine |= {s for s, ok in zip(alike, self._valid(torch.tensor(alike)).tolist(), strict=True) if ok}
-        return [s for s in distinct if s in fine]
+        return [s for s in strings if s in fine]
 
     def _room(self) -> int:
         """Evaluations that are left; none once the time is up."""

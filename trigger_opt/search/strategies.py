@@ -85,7 +85,8 @@ class Strategy(SearchSettings):
             searcher.go_on(resume, propose, self._share(resume.restart))
             first = resume.restart + 1
         for number in range(first, self.num_restarts):
-            if searcher.succeeded:
+            # What the strings to begin from took may be all there was; without any, one step is made.
+            if searcher.succeeded or (searcher.found and searcher.exhausted):
                 break
             # Starts are independent: each has whole strings of its own.
             own = Seeds(tokens=seeds.tokens, prior=seeds.prior, strings=seeds.strings[number :: self.num_restarts])

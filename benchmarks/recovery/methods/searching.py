@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from benchmarks.recovery.methods.common import Account, FoundString, most_scored
 from trigger_opt import api
@@ -14,8 +13,6 @@ from trigger_opt.search import GCG, BuildSettings, Step
 
 # A search that begins at all shall score its first strings.
 _LEAST_SECONDS = 1.0
-# What four characters took on one processor (experiments/LOG.md); with less the search does better without.
-_LEAST_SPELLING = 60.0
 
 
 def searched(
@@ -64,37 +61,22 @@ def built(
     until: float,
     share: float,
 ) -> list[tuple[int, ...]]:
-    """`api.spell_triggers` and `api.build_triggers` with a run's settings, charged to `account`; `until`, `share`: as
-    of `searched`, of which they get the part that a run gives them."""
+    """`api.build_triggers` with a run's settings, charged to `account`; `until`, `share`: as of `searched`, of which
+    it gets the part that a run gives it."""
+    if not tokens:
+        return []
     settings = BuildSettings()
     part = share * settings.share
 
     def on_cost(meter: Meter, rescoring: Meter) -> None:
         account.charge_search(meter, rescoring, 0)
 
-    outset = account.seconds, account.evaluations
-    # Each string is scored on both models.
-    whole = part * account.seconds_until(until), part * account.evaluations_until(until)
-
-    def left(share: float) -> dict[str, Any]:
-        return {
-            "max_seconds": max(_LEAST_SECONDS, share * whole[0] - (account.seconds - outset[0])),
-            "max_evaluations": max(1, int((share * whole[1] - (account.evaluations - outset[1])) / 2)),
-        }
-
-    found: list[tuple[int, ...]] = []
-    spelling = 0.5 if tokens else 1.0
-    if hypothesis is not None and spelling * whole[0] >= _LEAST_SPELLING:
-        found += api.spell_triggers(
-            pair, contexts, hypothesis=hypothesis, settings=settings, seed=seed, on_cost=on_cost,
-            **left(spelling),
-        )  # fmt: skip
-    if tokens:
-        found += api.build_triggers(
-            pair, contexts, hypothesis=hypothesis, tokens=tokens, settings=settings, seed=seed, on_cost=on_cost,
-            **left(1.0),
-        )  # fmt: skip
-    return list(dict.fromkeys(found))
+    return api.build_triggers(
+        pair, contexts, hypothesis=hypothesis, tokens=tokens, settings=settings, seed=seed, on_cost=on_cost,
+        max_seconds=max(_LEAST_SECONDS, part * account.seconds_until(until)),
+        # Each string is scored on both models.
+        max_evaluations=max(1, int(part * account.evaluations_until(until) / 2)),
+    )  # fmt: skip
 
 
 def as_strings(candidates: Sequence[Candidate]) -> list[FoundString]:
