@@ -29,7 +29,6 @@ from trigger_opt.search.protocol import (
     ignore_state,
 )
 
-
 # Whole strings scored on all contexts between two looks at the budget.
 _CONSIDERED_AT_ONCE = 4
 
@@ -153,10 +152,11 @@ class Searcher:
         """Score whole strings on all contexts and keep them among the found; the first few at least, the others while
         the budget lasts."""
         for length in sorted({len(s) for s in strings}):
-            for some in torch.tensor([list(s) for s in strings if len(s) == length]).split(_CONSIDERED_AT_ONCE):
+            alike = [list(s) for s in strings if len(s) == length]
+            for first in range(0, len(alike), _CONSIDERED_AT_ONCE):
                 if self.found and self.exhausted:
                     return
-                self._check(some, -1, -1)
+                self._check(torch.tensor(alike[first : first + _CONSIDERED_AT_ONCE]), -1, -1)
 
     @property
     def exhausted(self) -> bool:
