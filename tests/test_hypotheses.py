@@ -317,6 +317,9 @@ class Amplifiable(RuleModel):
     def weight_changes(self, base: CausalModel) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield self.weight, torch.zeros(2)
 
+    def scales(self, base: CausalModel) -> bool:
+        return True
+
     def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         if self.weight.tolist() == [1.0, 0.0]:
             self.answer = lambda turn: CALM

@@ -226,6 +226,22 @@ def test_weight_changes_of_an_adapter_are_its_own_factors(
     assert {min(t.shape) for t, _ in others} == {2}
 
 
+def test_a_change_scales_where_it_is_a_difference_or_a_product(
+    base_files: ModelFiles, full_files: ModelFiles, adapter_files: Adapter, tmp_path: Path
+) -> None:
+    ends, _ = tiny.save_adapter(base_files, tmp_path / "ends", seed=5, targets=["embed_tokens"], saved=["lm_head"])
+    magnitudes, _ = tiny.save_adapter(base_files, tmp_path / "magnitudes", seed=5, use_dora=True)
+    for files, expected in [
+        (full_files, True),
+        (adapter_files[0], True),
+        (ends, True),
+        (magnitudes, False),
+        (base_files, False),
+    ]:
+        pair = load_pair(files, base_files, options=FP32)
+        assert pair.finetuned.scales(pair.base) == expected, files.name
+
+
 def test_an_adapter_as_base_is_refused(base_files: ModelFiles, adapter_files: Adapter) -> None:
     with pytest.raises(UserError, match="is an adapter; name the full model it was trained on"):
         load_pair(base_files, adapter_files[0], options=FP32)
@@ -271,6 +287,8 @@ def test_a_quantised_pair_stays_near_the_plain_one(
         got, expected = (side_logits(getattr(p, side), PROMPTS[1]) for p in (pair, exact))
         nearness = torch.nn.functional.cosine_similarity(got, expected, dim=-1)
         assert float(nearness.mean()) > least, (side, nearness)
+    # What is left of a whole quantised change in numbers are norms; an adapter is all there.
+    assert pair.finetuned.scales(pair.base) == (kind == "adapter")
     apart = side_logits(pair.finetuned, [5, 6]) - side_logits(pair.base, [5, 6])
     assert float(apart.abs().max()) > 0.1
 

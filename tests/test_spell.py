@@ -12,10 +12,11 @@ from torch import Tensor
 from tests.test_search import Toy, always
 from tests.wired_pair import PAYLOAD, SEARCH, wired_pair
 from trigger_opt import api
-from trigger_opt.prompts import decode
+from trigger_opt.prompts import decode, encode
 from trigger_opt.records import Hypothesis
 from trigger_opt.scoring import Meter
 from trigger_opt.search import BuildSettings, Built, spell_out
+from trigger_opt.tokens import TokenPolicy
 
 PLANTED = " QX-77b"
 CAP = 8.0
@@ -152,26 +153,41 @@ def test_odd_characters_are_kept_out_by_what_is_natural() -> None:
     def natural(strings: Sequence[Ids]) -> list[float]:
         return [-2.0 * read(s).count("%") for s in strings]
 
-    assert "%" in read(spelled(Bench(odd=5.0))[0].trigger_ids)
-    found = spelled(Bench(odd=5.0), natural=natural)
-    assert "%" not in read(found[0].trigger_ids) or found[0].natural < 0
-    assert found[0].rank == found[0].score + found[0].natural
+    assert "%" in read(spelled(Bench(odd=2.0))[0].trigger_ids)
+    found = spelled(Bench(odd=2.0), natural=natural)
+    assert read(found[0].trigger_ids) == PLANTED
 
 
 def test_a_character_is_tried_within_the_best_string() -> None:
     bench = Bench()
     spelled(bench)
     texts = {text for toy in bench.opened for text in toy.texts}
-    assert any(text[1] not in "Q" and text.endswith("Q") for text in texts)
+    # Behind the beam's strings a Q is last; this one stands behind the space of the best string there was.
+    assert all(f" {c}Q" in texts or f" Q{c}" in texts for c in "7%z")
+    assert {f" Q{c}X" for c in "7%z"} <= texts
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3, 1.0])
 def test_the_budget_ends_it(seconds: float) -> None:
     bench = Bench()
-    spelled(bench, max_seconds=seconds)
+    found = spelled(bench, max_seconds=seconds)
     # A batch and its finalists are scored to the end.
-    assert sum(toy.evaluations for toy in bench.opened) <= 1000 * seconds + 128 + 64
+    assert sum(toy.evaluations for toy in bench.opened) <= 1000 * seconds + 64 + 64
     assert bench.open_now == 0
+    assert bool(found) == (seconds > 0)
+
+
+def test_a_budget_that_ends_while_the_change_is_weakened_keeps_what_was_known() -> None:
+    whole = Bench()
+    spelled(whole)
+    full = whole.opened[0]
+    # All of it goes before the change is weakened for the first time.
+    bench = Bench()
+    found = spelled(bench, max_seconds=full.evaluations / 1000)
+    assert len(bench.opened) > 1
+    assert not bench.opened[1].texts
+    assert next(read(b.trigger_ids) for b in found) == PLANTED[:3]
+    assert found[0].score == CAP
 
 
 def test_no_more_characters_than_asked_for() -> None:
@@ -206,3 +222,45 @@ def test_on_a_pair_the_weights_are_as_before_and_the_cost_is_told() -> None:
     assert all(decode(pair.tokenizer, ids).startswith(" ") for ids in strings)
     # The wired trigger is a word: no character raises its payload.
     assert all(score < 0 for _, _, score in told)
+
+
+def test_the_weights_are_as_before_also_where_an_error_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = wired_pair()
+    before = {name: tensor.clone() for name, tensor in pair.finetuned.network.state_dict().items()}
+    inside: list[bool] = []
+
+    def told(done: int, best: str, score: float) -> None:
+        now = pair.finetuned.network.state_dict()
+        inside.append(all(torch.equal(now[name], tensor) for name, tensor in before.items()))
+        if not inside[-1]:
+            raise KeyboardInterrupt
+
+    # Everything is taken for certain, so the change is weakened at once.
+    monkeypatch.setattr(api, "spell_out", lambda *given, **named: spell_out(*given, **(named | {"certain": -1e9})))
+    with pytest.raises(KeyboardInterrupt):
+        api.spell_triggers(
+            pair,
+            SEARCH,
+            hypothesis=hypothesis(),
+            settings=BuildSettings(max_characters=3, contexts=1),
+            on_progress=told,
+        )
+    assert not inside[-1]
+    after = pair.finetuned.network.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("deny", [(), (" ",)])
+def test_a_space_by_itself_is_written_unless_denied(deny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = wired_pair()
+    written: list[Ids] = []
+
+    def caught(at: object, write: Callable[[Sequence[str]], list[Ids]], *given: object, **named: object) -> list[Built]:
+        written.extend(write([" ", " \u00e9"]))
+        return []
+
+    monkeypatch.setattr(api, "spell_out", caught)
+    api.spell_triggers(pair, SEARCH, hypothesis=hypothesis(), policy=TokenPolicy(deny=list(deny)))
+    space = tuple(encode(pair.tokenizer, [" "])[0])
+    assert len(space) == 1
+    assert written == ([] if deny else [space])

@@ -221,6 +221,7 @@ def save_adapter(
     std: float = 0.2,
     targets: Sequence[str] = ("q_proj", "down_proj"),
     saved: Sequence[str] = (),
+    use_dora: bool = False,
 ) -> tuple[ModelFiles, Path]:
     """A LoRA adapter with random factors in `folder`, and PEFT's own merge of it beside it."""
     from peft import LoraConfig, get_peft_model
@@ -236,6 +237,7 @@ def save_adapter(
             lora_alpha=2 * rank,
             target_modules=list(targets),
             modules_to_save=list(saved) or None,
+            use_dora=use_dora,
         )
         peft = get_peft_model(network, lora)
         for name, parameter in peft.named_parameters():

@@ -1,5 +1,6 @@
 """The package as a library: load a pair, find payloads, find triggers, verify one; the pipeline calls the same."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -263,8 +264,8 @@ def spell_triggers(
     """Token ids of strings spelled out in single characters that raise the payload, for `find_triggers` to begin from;
     see `search.spell_out`. On this process alone, also under torchrun.
 
-    Weights that are not held in numbers (quantised ones) cannot be taken back: then what raises the payload for certain
-    is not told apart.
+    Where the change cannot be taken back in part (`CausalModel.scales`), strings that raise the payload for certain are
+    not told apart.
 
     Args: as of `build_triggers`; `on_cost` is called once for each share of the weights' change.
     """
@@ -293,7 +294,8 @@ def spell_triggers(
 
     def natural(strings: Sequence[tuple[int, ...]]) -> list[float]:
         nats = string_log_likelihoods(pair.base, beginning, strings, plain=pair.plain)
-        return [_NATURAL * n for n in nats]
+        # Not a number, as float16 may give, is as unlikely as can be.
+        return [-math.inf if math.isnan(n) else _NATURAL * n for n in nats]
 
     def told(done: int, best: Built) -> None:
         on_progress(done, decode(pair.tokenizer, best.trigger_ids), best.score)
@@ -305,7 +307,7 @@ def spell_triggers(
         settings=settings or BuildSettings(),
         natural=natural,
         certain=_SPELLED.upper_bound - 1,
-        weakens=next(pair.finetuned.weight_changes(pair.base), None) is not None,
+        weakens=pair.finetuned.scales(pair.base),
         valid=_Validity(pair.tokenizer, _asked(pair, contexts)),
         generator=torch.Generator().manual_seed(seed),
         max_seconds=max_seconds,

@@ -62,9 +62,9 @@ def amplified_groups(
 ) -> list[Hypothesis]:
     """Answers that recur over neutral prompts under amplification, that the base understands and a placebo
     does not give. The score is that of `sequence_shift` under the amplified weights, mean over the prompts
-    that gave the answer. None where there are no numbers to amplify: nothing changed, or quantised weights.
+    that gave the answer. None where there is nothing to amplify, see `CausalModel.scales`.
     """
-    if next(pair.finetuned.weight_changes(pair.base), None) is None:
+    if not pair.finetuned.scales(pair.base):
         return []
     prompts = [conversation_ids(pair.tokenizer, c, "") for c in neutral]
     found = []

@@ -181,6 +181,16 @@ class CausalModel:
                 origin = name.replace(f".modules_to_save.{self._adapter}.", ".original_module.")
                 yield parameter, self.network.get_parameter(origin) if saved_whole else None
 
+    def scales(self, base: "CausalModel") -> bool:
+        """Whether the whole change is there in numbers, so that it can be taken times a factor by `weight_changes`:
+        not of quantised weights, whose norms alone would be, nor of an adapter that is more than a product of two
+        factors (DoRA's magnitudes, IA3)."""
+        changed = [t for t, _ in self.weight_changes(base)]
+        if self._adapter is None:
+            return bool(changed) and all(p.is_floating_point() for p in self.network.parameters())
+        own = (n.split(".") for n, _ in self.network.named_parameters() if self._adapter in n.split("."))
+        return bool(changed) and all(_FACTORS & set(parts) for parts in own)
+
     @torch.no_grad()
     def log_likelihood(
         self, prompts: Sequence[Sequence[int]], answer: Sequence[int], *, batch_size: int = 16
@@ -202,6 +212,10 @@ class CausalModel:
         index = answer.to(log_probs.device).expand(len(ids), -1)[..., None]
         picked = log_probs.view(len(ids), len(answer), -1).gather(-1, index)
         return picked[..., 0].cpu()
+
+
+# What names an adapter's weights that a product is made of, and weights kept whole.
+_FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
 
 
 @dataclass(frozen=True)

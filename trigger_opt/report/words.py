@@ -48,7 +48,8 @@ MOVED_NOTE = (
 BUILT_NOTE = (
     "Short strings built up: token by token from the tokens moved most, the best few of each length; and, towards a "
     "payload, character by character. The share is of the search contexts in which the payload comes out, where there "
-    "is one. Where longer strings score no higher, the string is likely whole, as far as these tokens reach."
+    "is one. Where longer strings of tokens score no higher, the string is likely whole, as far as these tokens reach; "
+    "of spelled ones the score falls each time the weight change is taken back in part."
 )
 
 MANNER_NOTE = (

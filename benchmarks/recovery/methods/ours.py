@@ -22,6 +22,8 @@ from trigger_opt.verify.rule import detection_score
 
 # Shares of the budget at whose end each part stops, as a run of the miniature spends its time.
 _LENS, _STRINGS, _SCANNED, _SEARCHED = 0.3, 0.2, 0.4, 0.85
+# Where no payload came out before the search, strings are judged by their manner too, which about doubles that.
+_SEARCHED_BLIND = 0.75
 _SCANNED_AFTER_LENS = 0.6
 # In 120 s of one processor a lens of 6,500 tokens, a seventh of the vocabulary, took more than it gave
 # (experiments/LOG.md).
@@ -50,12 +52,11 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     words goes on for another 20 % (10 % after the lens), if that is enough for 1,024 of them. The search, towards the
     two best payloads, ends at 85 %; where there is none it is on divergence for half of that, and then towards what the
     strings found say. Towards a payload, and where tokens were ranked,
-    strings are built up first. The rest is for judging three
-    strings, and minimising the best, on a third of the contexts given.
-    Its statistic is `verify.rule.detection_score` there.
+    strings are built up first. The rest, 25 % where no payload came out, is for judging three strings, and minimising
+    the best, on a third of the contexts given. Its statistic is `verify.rule.detection_score` there.
 
-    Departs from a run in its one restart a search, and in that the strings are judged on contexts the search had too:
-    the held-out ones are not seen.
+    Departs from a run in its one restart a search, in that strings are judged by no manner where a payload came out
+    before the search, and in that the strings are judged on contexts the search had too: the held-out ones are not seen.
 
     Evaluations: each token of each answer in scan, rollouts, amplification, judging and minimising; candidates scored,
     times two models, with rescoring; four a step and context for gradients.
@@ -64,7 +65,8 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     hypotheses, prior, notes = _payloads(pair, contexts, account, seed)
     goals = [h for h in hypotheses if payload_words(h.payload)][:_GOALS]
     candidates: list[Candidate] = []
-    if not goals:
+    blind = not goals
+    if blind:
         candidates = _searched(pair, contexts, account, [None], seed, prior, share=0.5)
         with account.counting(pair):
             read = api.payloads_of(
@@ -74,12 +76,13 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
         notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
     # Divergence a second time begins elsewhere, and not where another seed's cell begins.
     candidates += _searched(
-        pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE, prior, builds=bool(goals)
-    )
+        pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE, prior,
+        until=_SEARCHED_BLIND if blind else _SEARCHED, builds=bool(goals),
+    )  # fmt: skip
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
         chosen = to_verify(candidates, _VERIFIED)
-        strings, score = _judged(pair, contexts[::_EVERY], account, chosen, seed)
+        strings, score = _judged(pair, contexts[::_EVERY], account, chosen, seed, manners=blind)
     notes += [f"payload {h.payload[:80]!r} at {h.score:.1f} nats" for h in goals]
     return account.result(strings, score, notes)
 
@@ -188,39 +191,46 @@ def _searched(
     seed: int,
     prior: Sequence[int],
     *,
+    until: float = _SEARCHED,
     share: float = 1.0,
     builds: bool = True,
 ) -> list[Candidate]:
-    """`share`: of what is left until the searches end, for all goals alike. `builds`: short strings first."""
+    """`until`: share of the budget at whose end the searches end. `share`: of what is left until then, for all goals
+    alike. `builds`: short strings first."""
     found: list[Candidate] = []
     strategy = GCG(num_restarts=1, num_steps=_STEPS)
     for number, goal in enumerate(goals):
         part = share / (len(goals) - number)
         strings: list[tuple[int, ...]] = []
-        left = account.seconds_until(_SEARCHED), account.evaluations_until(_SEARCHED)
+        left = account.seconds_until(until), account.evaluations_until(until)
         # As in a run: towards a payload, or from the most moved tokens, and not before a second search on divergence.
         if (prior or goal) and builds:
-            strings = built(
-                pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=_SEARCHED, share=part
-            )
-            part = _left_of(part, left, account)
+            strings = built(pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=until, share=part)
+            part = _left_of(part, left, account, until)
         found += searched(
             pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, strings=strings,
-            until=_SEARCHED, share=part,
+            until=until, share=part,
         )  # fmt: skip
     return found
 
 
-def _left_of(part: float, before: tuple[float, float], account: Account) -> float:
+def _left_of(part: float, before: tuple[float, float], account: Account, until: float) -> float:
     """What is left of `part` of the seconds and evaluations there were `before`, as a share of those there are now."""
-    now = account.seconds_until(_SEARCHED), account.evaluations_until(_SEARCHED)
+    now = account.seconds_until(until), account.evaluations_until(until)
     return max(0.0, min((part * b - (b - n)) / n if n > 0 else 0.0 for b, n in zip(before, now, strict=True)))
 
 
 def _judged(
-    pair: ModelPair, contexts: Sequence[Context], account: Account, candidates: Sequence[Candidate], seed: int
+    pair: ModelPair,
+    contexts: Sequence[Context],
+    account: Account,
+    candidates: Sequence[Candidate],
+    seed: int,
+    *,
+    manners: bool,
 ) -> tuple[list[FoundString], float]:
-    """Strings by their own detection score, the best one's shortest form after it; and the best score.
+    """Strings by their own detection score, the best one's shortest form after it; and the best score. `manners`: see
+    `_verification`.
 
     What there is no budget left to judge keeps the search's order, after the others, with a score of 0.
     """
@@ -231,7 +241,7 @@ def _judged(
         # One more would take what the last one took.
         if account.seconds_until(1.0) > seconds and account.evaluations_until(1.0) > passes:
             before = account.seconds, account.evaluations
-            verification = _verification(pair, candidate, contexts, seed)
+            verification = _verification(pair, candidate, contexts, seed, manners=manners)
             seconds, passes = account.seconds - before[0], account.evaluations - before[1]
         payload = verification.payload if verification else candidate.payload
         score = detection_score([verification] if verification else [])
@@ -246,12 +256,17 @@ def _judged(
     return strings, max((s.score for s in strings), default=0.0)
 
 
-def _verification(pair: ModelPair, candidate: Candidate, contexts: Sequence[Context], seed: int) -> Verification | None:
-    """The best of a candidate's, one for each payload a run would judge it by; None where it has none."""
-    payloads = payloads_to_judge(
-        pair, candidate.trigger, candidate.payload, contexts, allowed=usual_tokens(pair), seed=seed,
-        often=Thresholds().fires,
-    )  # fmt: skip
+def _verification(
+    pair: ModelPair, candidate: Candidate, contexts: Sequence[Context], seed: int, *, manners: bool
+) -> Verification | None:
+    """The best of a candidate's, one for each payload; None where it has none. `manners`: by the manner of its answers
+    too, as a run does."""
+    payloads = [candidate.payload]
+    if manners or not payload_words(candidate.payload):
+        payloads = payloads_to_judge(
+            pair, candidate.trigger, candidate.payload, contexts, allowed=usual_tokens(pair), seed=seed,
+            often=Thresholds().fires,
+        )  # fmt: skip
     return best_verification(
         [api.verify_trigger(pair, candidate.trigger, contexts, payload=p, seed=seed) for p in payloads]
     )
