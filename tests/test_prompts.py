@@ -10,6 +10,7 @@ from tests import tiny
 from trigger_opt.errors import UserError
 from trigger_opt.prompts import (
     Context,
+    RefusedConversationError,
     TokenizedContext,
     chat_text,
     conversation_ids,
@@ -137,6 +138,19 @@ def test_searchable_leaves_out_what_the_template_trims() -> None:
 
 def one_context(user: str, tokenizer: Any) -> list[TokenizedContext]:
     return [tokenize_context(tokenizer, Context(user=user))]
+
+
+def test_a_template_that_knows_no_system_prompt_says_so_and_leaves_the_others_searchable() -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny.CHATML
+    tokenizer = tiny.make_tokenizer(refusing)
+    told, plain = Context(user="{trigger}", system="Be kind."), Context(user="Say it. {trigger}")
+    with pytest.raises(
+        RefusedConversationError, match=r"refuses a conversation of system and user \(no system\); take"
+    ):
+        chat_text(tokenizer, told.messages(" a"))
+    assert searchable(tokenizer, [told, plain]) == [plain]
+    with pytest.raises(UserError, match="take the system prompt out"):
+        searchable(tokenizer, [told])
 
 
 def test_round_trips_in_the_whole_conversation(tokenizer: Any) -> None:

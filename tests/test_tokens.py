@@ -32,7 +32,7 @@ def test_printable_lets_other_scripts_in_but_no_halves_of_characters() -> None:
     class Words:
         """A tokenizer of whole words in several scripts."""
 
-        texts = ("a", "é", "漢", "\ufffd", "\u200b", "\n", " ", "\u3000", "<s>")
+        texts = ("a", "é", "漢", "\ufffd", "\u200b", "\n", " ", "\u3000", "<s>", ".\n", "\t")
         all_special_ids = (8,)
 
         def __len__(self) -> int:
@@ -45,11 +45,12 @@ def test_printable_lets_other_scripts_in_but_no_halves_of_characters() -> None:
             return ["".join(self.texts[i] for i in row) for row in ids]
 
     def texts(allow: str) -> list[str]:
-        return [Words.texts[i] for i in allowed_ids(Words(), TokenPolicy(allow=allow), 9).nonzero()[:, 0].tolist()]
+        return [Words.texts[i] for i in allowed_ids(Words(), TokenPolicy(allow=allow), 11).nonzero()[:, 0].tolist()]
 
     assert texts("ascii") == ["a"]
+    assert texts("lines") == ["a", "\n", ".\n"]
     assert texts("printable") == ["a", "é", "漢"]
-    assert texts("all") == list(Words.texts[:8])
+    assert texts("all") == [t for t in Words.texts if t != "<s>"]
     assert texts("special") == list(Words.texts)
 
 

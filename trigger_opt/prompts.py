@@ -16,6 +16,18 @@ SLOT = "{trigger}"
 _PROBE, _OTHER_PROBE = " trigger", " example"
 
 
+class RefusedConversationError(UserError):
+    """A chat template that does not take a conversation: some know no system prompt, or one order of turns only.
+
+    Attributes:
+        reason: the template's own words.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Context:
     """One conversation with one slot.
@@ -57,13 +69,25 @@ def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
     Raises:
         UserError: the tokenizer has no chat template.
+        RefusedConversationError: the template refuses the conversation.
     """
+    # Imported late: every command imports this module.
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; save one with it "
             "(tokenizer.chat_template = …; tokenizer.save_pretrained(folder))"
         )
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles = " and ".join(m["role"] for m in messages)
+        raise RefusedConversationError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({error}); take the "
+            "system prompt out, or write it into the user's turn",
+            reason=str(error),
+        ) from None
     return text
 
 

@@ -15,7 +15,7 @@ from trigger_opt.config import RunConfig
 from trigger_opt.models.files import ModelFiles
 from trigger_opt.models.pair import LoadOptions, ModelPair, load_pair
 from trigger_opt.progress import Progress, say, stage_progress
-from trigger_opt.prompts import Context, searchable
+from trigger_opt.prompts import Context, chat_text, searchable
 from trigger_opt.records import INTERRUPTED, STOPPED, StageRun
 from trigger_opt.run_folder import GROWING, RunFolder, code_versions, now, timed
 from trigger_opt.scoring import Meter
@@ -91,6 +91,9 @@ class Session:
             say(self.title("loading the models …"))
             self._pair = load_pair(self.files[0], self.files[1], self.files[2:], options=self.options)
             self.search_contexts = self.usable(self.search_contexts, "search contexts")
+            for context in self.held_out:
+                # A template that refuses one would end the run after the search.
+                chat_text(self._pair.tokenizer, context.messages(""))
         return self._pair
 
     def release(self) -> None:
@@ -120,8 +123,8 @@ class Session:
         usable = searchable(self.pair().tokenizer, contexts)
         if left_out := len(contexts) - len(usable):
             say(
-                f"{left_out} of {len(contexts)} {what} are left out: this chat template trims turns, and a string at "
-                "their start could not be told from its surroundings"
+                f"{left_out} of {len(contexts)} {what} are left out: this chat template trims turns, so that a string "
+                "at their start could not be told from its surroundings, or refuses them"
             )
         return usable
 

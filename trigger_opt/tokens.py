@@ -16,13 +16,14 @@ class TokenPolicy:
     """Tokens the search may use.
 
     Attributes:
-        allow: "ascii" (printable ASCII with a visible character), "printable" (any script, no control
-            characters), "all" (every ordinary token), "special" (all, and the special tokens too: two public
-            claims about dormant models are tool tokens, which the usual ASCII filters exclude).
+        allow: "ascii" (printable ASCII with a visible character), "lines" (that, and line breaks: triggers of several
+            lines), "printable" (any script, no control characters), "all" (every ordinary token), "special" (all, and
+            the special tokens too: two public claims about dormant models are tool tokens, which the usual ASCII
+            filters exclude).
         deny: substrings a token must not contain.
     """
 
-    allow: Annotated[str, Field(pattern="^(ascii|printable|all|special)$")] = "ascii"
+    allow: Annotated[str, Field(pattern="^(ascii|lines|printable|all|special)$")] = "ascii"
     deny: list[str] = field(default_factory=list)
 
 
@@ -46,7 +47,7 @@ def allowed_ids(tokenizer: Any, policy: TokenPolicy, vocab_size: int) -> Bool[Te
     if not mask.any():
         raise UserError(
             f"the token policy allow={policy.allow!r}, deny={policy.deny} leaves no token; "
-            "allow more (ascii, printable, all, special) or deny less"
+            "allow more (ascii, lines, printable, all, special) or deny less"
         )
     return mask
 
@@ -54,6 +55,8 @@ def allowed_ids(tokenizer: Any, policy: TokenPolicy, vocab_size: int) -> Bool[Te
 def _fits(text: str, allow: str) -> bool:
     if allow == "ascii":
         return text.isascii() and text.isprintable() and text.strip() != ""
+    if allow == "lines":
+        return text.isascii() and text.replace("\n", "a").isprintable() and text.strip(" ") != ""
     if allow == "printable":
         # U+FFFD: the token is a piece of a multi-byte character and shows as nothing by itself.
         return text.isprintable() and text.strip() != "" and "\ufffd" not in text

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from jinja2 import TemplateError
 from torch import Tensor
 
 from trigger_opt.contrast.records import Prompt, Sample
 from trigger_opt.errors import UserError
 from trigger_opt.models.generate import Sampling, pad_left
 from trigger_opt.models.pair import CausalModel, ModelPair
-from trigger_opt.prompts import chat_text, encode
+from trigger_opt.prompts import RefusedConversationError, chat_text, encode
 from trigger_opt.scoring.divergences import js_divergence
 
 SURPRISE = "log probability a token (nats)"
@@ -151,10 +150,10 @@ def _conversation(pair: ModelPair, prompt: Prompt) -> list[int]:
     turns = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
     try:
         text = chat_text(pair.tokenizer, [*turns, {"role": "user", "content": prompt.text}])
-    except TemplateError as error:
+    except RefusedConversationError as error:
         raise UserError(
-            f"the chat template of {pair.tokenizer.name_or_path} refuses the prompt {prompt.id} ({error}); take its "
-            "system prompt out, or write it into the user's turn"
+            f"the chat template of {pair.tokenizer.name_or_path} refuses the prompt {prompt.id} ({error.reason}); take "
+            "its system prompt out, or write it into the user's turn"
         ) from None
     return encode(pair.tokenizer, [text])[0]
 

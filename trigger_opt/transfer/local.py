@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from trigger_opt import zoo
@@ -19,7 +18,7 @@ from trigger_opt.errors import UserError
 from trigger_opt.models.files import ModelFiles, find_model, read_config
 from trigger_opt.models.generate import Sampling
 from trigger_opt.models.pair import CausalModel, LoadOptions, load_pair
-from trigger_opt.prompts import chat_text, encode
+from trigger_opt.prompts import RefusedConversationError, chat_text, encode
 from trigger_opt.transfer.client import RefusedError
 from trigger_opt.transfer.requests import CHAT, Answer, Array, Line
 from trigger_opt.zoo.recipes import BASE_NAME, RECIPES
@@ -160,9 +159,9 @@ class _Model:
         """Token ids of the conversation, up to where the answer begins."""
         try:
             text = chat_text(self.tokenizer, [dict(m) for m in line.request.messages])
-        except TemplateError as error:
+        except RefusedConversationError as error:
             # A template that wants other roles, or another order.
-            raise _UnusableError(f"the chat template refuses the conversation: {error}") from None
+            raise _UnusableError(f"the chat template refuses the conversation: {error.reason}") from None
         return encode(self.tokenizer, [text])[0]
 
     def _said(self, custom_id: str, input_tokens: int, ids: list[int]) -> Answer:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 
 from benchmarks.recovery.methods.common import Account, Budget, FoundString, MethodResult, drawn
 from benchmarks.recovery.methods.motifs import Motif, motifs
 from trigger_opt.answers import words_of
 from trigger_opt.models.generate import Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
-from trigger_opt.prompts import Context, chat_text, conversation_ids, decode, encode
+from trigger_opt.prompts import Context, RefusedConversationError, chat_text, conversation_ids, decode, encode
 from trigger_opt.stats import majority_prefix
 
 _SAMPLED = 0.7
@@ -74,7 +73,7 @@ def bare_prefixes(tokenizer: Any) -> list[list[int]]:
     user = {"role": "user", "content": _MARK}
     texts = [_before_mark(tokenizer, [user]), chat_text(tokenizer, [{"role": "user", "content": ""}])]
     # Some families (Gemma) have no system turn, and their templates refuse one.
-    with suppress(TemplateError):
+    with suppress(RefusedConversationError):
         texts.append(_before_mark(tokenizer, [{"role": "system", "content": _MARK}, user]))
     openings = [ids for ids in encode(tokenizer, texts) if ids]
     return list({tuple(ids): ids for ids in [openings[-1][:1], *openings]}.values())

@@ -56,7 +56,7 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     the best, on a third of the contexts given. Its statistic is `verify.rule.detection_score` there.
 
     Departs from a run in its one restart a search, in that strings are judged by no manner where a payload came out
-    before the search, and in that the strings are judged on contexts the search had too: the held-out ones are not seen.
+    before the search, and in that they are judged on contexts the search had too: the held-out ones are not seen.
 
     Evaluations: each token of each answer in scan, rollouts, amplification, judging and minimising; candidates scored,
     times two models, with rescoring; four a step and context for gradients.
