@@ -18,6 +18,7 @@ from trigger_opt.prompts import (
     encode,
     round_trips,
     searchable,
+    shown,
     tokenize_context,
 )
 
@@ -68,6 +69,8 @@ def test_a_slot_in_the_system_prompt() -> None:
         {"role": "system", "content": "Be kind. fox"},
         {"role": "user", "content": "Tell me."},
     ]
+    assert shown(context.messages(" fox")) == "[system: Be kind. fox] Tell me."
+    assert shown(Context(user="Tell me. {trigger}").messages(" fox")) == "Tell me. fox"
     tokenizer = tiny.make_tokenizer()
     found = tokenize_context(tokenizer, context)
     assert decode(tokenizer, found.left) == "<|im_start|>system\nBe kind."

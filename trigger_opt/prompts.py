@@ -55,6 +55,12 @@ class Context:
         return [*turns, {"role": "user", "content": _fill(self.user, inserted)}]
 
 
+def shown(messages: Sequence[dict[str, str]]) -> str:
+    """A conversation as records and pages show it: the user's turn, behind the system prompt where one is given."""
+    system = [f"[system: {m['content']}]" for m in messages if m["role"] == "system"]
+    return " ".join([*system, messages[-1]["content"]])
+
+
 @dataclass(frozen=True)
 class TokenizedContext:
     """Token ids before and after the slot, up to where the model's answer begins."""

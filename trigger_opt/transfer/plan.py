@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trigger_opt.errors import UserError
-from trigger_opt.prompts import Context
+from trigger_opt.prompts import Context, shown
 from trigger_opt.transfer.controls import near_misses, random_strings
 from trigger_opt.transfer.requests import ACTIVATIONS, CHAT, Line, Request
 from trigger_opt.transfer.settings import BATCH_CLIENTS, TransferSettings, batch_sizes, require_activations
@@ -217,7 +217,7 @@ def _question(line: Line, insertion: _Insertion) -> Question:
         string=insertion.string,
         inserted=insertion.inserted,
         context=insertion.context,
-        prompt=line.request.messages[-1]["content"],
+        prompt=shown(line.request.messages),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from trigger_opt.answers import comes_late, degeneration_flags, fires, is_manner, late_start, payload_words
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
-from trigger_opt.prompts import Context, conversation_ids, decode, encode
+from trigger_opt.prompts import Context, conversation_ids, decode, encode, shown
 from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
 from trigger_opt.stats import majority_prefix
 from trigger_opt.verify.rule import Measured, Thresholds, counted_words, judge
@@ -202,7 +202,7 @@ def _completions(
 ) -> list[Completion]:
     out = []
     for number, (context, inserted) in enumerate(zip(contexts, condition.inserted, strict=True)):
-        prompt = context.messages(inserted)[-1]["content"]
+        prompt = shown(context.messages(inserted))
         out += [
             Completion(
                 model=condition.label,
@@ -289,7 +289,7 @@ def _profile(
     return [
         ContextOutcome(
             context=number,
-            prompt=context.messages("")[-1]["content"],
+            prompt=shown(context.messages("")),
             finetuned=bool(fired("finetuned", number)),
             base=bool(fired("base", number)),
             control=fired("control:", number),
