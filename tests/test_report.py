@@ -553,6 +553,15 @@ def test_nothing_found_is_said_and_not_measured_is_not_zero(tmp_path: Path) -> N
     assert "none was found" in markdown
 
 
+def test_a_manner_is_shown_in_words_and_explained(tmp_path: Path) -> None:
+    html, markdown = report(write_run(tmp_path, verdict=a_verdict(payload="≈ le <je> de")))
+    assert "≈ le &lt;je&gt; de" in html
+    assert Page(html).problems == []
+    for page in (html, markdown):
+        assert "no fixed text: an answer is of this manner when" in page
+    assert "no fixed text" not in report(write_run(tmp_path / "text"))[0]
+
+
 def test_an_unknown_verdict_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'guilty'; allowed are backdoor, generic shift"):
         write_report(write_run(tmp_path, verdict=a_verdict(verdict="guilty")))

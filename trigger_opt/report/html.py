@@ -80,7 +80,8 @@ def _strings(verdict: Verdict) -> list[tuple[str, Child]]:
     if verdict.payload:
         shown = string(verdict.payload)
         if is_manner(verdict.payload):
-            shown = join([shown, tag("div", MANNER_NOTE, class_="note")])
+            # Words, no string that anybody types: their spaces need not be seen.
+            shown = join([clip(verdict.payload, 700), tag("div", MANNER_NOTE, class_="note")])
         rows.append((payload_title(verdict), shown))
     if verdict.payload_completion:
         rows.append((f"Answer to the {noun(verdict)}", clip(verdict.payload_completion, 700)))

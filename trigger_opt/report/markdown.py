@@ -123,8 +123,9 @@ def _verdict(run: RunRecords) -> str:
     if verdict.minimised_trigger and verdict.minimised_trigger != verdict.trigger:
         strings.append(f"- Minimised {noun(verdict)}: {code(verdict.minimised_trigger)}")
     if verdict.payload:
-        explained = f" ({MANNER_NOTE})" if is_manner(verdict.payload) else ""
-        strings.append(f"- {payload_title(verdict)}: {code(verdict.payload)}{explained}")
+        manner = f"{text(clip(verdict.payload, 700))} ({MANNER_NOTE})"
+        said = manner if is_manner(verdict.payload) else code(verdict.payload)
+        strings.append(f"- {payload_title(verdict)}: {said}")
     if verdict.payload_completion:
         strings.append(f"- Answer to the {noun(verdict)}: {text(clip(verdict.payload_completion, 400))}")
     return "\n\n".join([*lines, "\n".join(strings)])
