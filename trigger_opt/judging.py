@@ -57,8 +57,9 @@ class Judge:
         self._memo: Memo = {}
         settings = session.config.verify
         strings = settings.candidates + settings.minimise
-        each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
-        self.bar: Progress = session.progress("verify", total=strings * each, unit="answer")
+        self._each = (4 + len(pair.controls) + settings.random_strings) * len(session.held_out) * settings.repeats
+        self._planned = strings * self._each
+        self.bar: Progress = session.progress("verify", total=self._planned, unit="answer")
 
     def candidate(self, candidate: Candidate) -> list[Verification]:
         """The verifications of one candidate, one for each payload it is judged by; see `payloads_to_judge`. A payload
@@ -75,6 +76,7 @@ class Judge:
                 seed=self._session.config.seed,
                 often=self._session.config.verify.thresholds.fires,
             )
+        self._planned += (len(payloads) - 1) * self._each
         if not payloads:
             say(f"not verified: the answers to {candidate.trigger!r} begin without a word")
         for payload in payloads:
@@ -104,7 +106,7 @@ class Judge:
             kind=kind,
             minimised_from=minimised_from,
             memo=self._memo,
-            on_answers=lambda done: self.bar.update(before + done, best=trigger),
+            on_answers=lambda done: self.bar.update(before + done, best=trigger, total=self._planned),
         )
         self.asked += len(completions)
         self.completions = self._shown(verification, completions, kind)
