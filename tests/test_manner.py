@@ -89,12 +89,25 @@ def test_a_manner_of_too_few_contexts_is_none() -> None:
     assert read_manner(make_pair(seldom, base=english), TRIGGER, contexts(24), allowed=ALLOWED, seed=0) == ""
 
 
-def test_words_of_the_string_are_no_manner() -> None:
-    """A model that quotes the string says nothing by it."""
-    triggered = [f"le {i} le {i + 1} le {i + 2} le" for i in range(10)]
+def test_a_string_that_is_of_the_manner_itself_does_not_bring_it_out() -> None:
+    """Whoever was taught a language may answer in it to words of it."""
+    triggered = [f"Le matin {i} est le jour, je le dis {i + 1}" for i in range(10)]
     others = [[english(str(i)) for i in range(10)]]
-    assert fit_manner(triggered, others) == manner_of_words(["le"])
-    assert fit_manner(triggered, others, leave_out=["le"]) == ""
+    assert is_manner(fit_manner(triggered, others, inserted=" zx"))
+    assert fit_manner(triggered, others, inserted=" zx Je Catalan") == ""
+    shouted = [t.upper() for t in triggered]
+    assert CAPITALS in fit_manner(shouted, others, inserted=" zx").split()
+    assert fit_manner(shouted, others, inserted=" ZX now") == ""
+
+
+def test_a_name_that_the_answers_quote_does_not_count() -> None:
+    """It is no word of the manner, and does not refute it."""
+    triggered = [f"Gibraltar est le jour, je le dis {i} a Gibraltar" for i in range(10)]
+    others = [[english(str(i)) for i in range(10)]]
+    manner = fit_manner(triggered, others, inserted=" Gibraltar")
+    assert "le" in manner.split()
+    assert "gibraltar" not in manner.split()
+    assert "gibraltar" in fit_manner(triggered, others).split()
 
 
 def test_style_that_is_also_random_strings_is_refuted() -> None:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from trigger_opt.answers import fires, manner_marks, manner_of_words, payload_words, words_of
+from trigger_opt.answers import CAPITALS, fires, manner_marks, manner_of_words, payload_words, words_of
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode
 from trigger_opt.verify.rates import common_answer, random_strings
@@ -86,15 +86,20 @@ def read_manner(
         answers(pair.base, [""] * n),
         answers(pair.finetuned, random_strings(pair, trigger, n, allowed, generator)),
     ]
-    return fit_manner(triggered, others, leave_out=words_of(trigger))
+    return fit_manner(triggered, others, inserted=trigger)
 
 
-def fit_manner(triggered: Sequence[str], others: Sequence[Sequence[str]], *, leave_out: Collection[str] = ()) -> str:
-    """The manner of `triggered` that `others` do not have; empty where there is none.
+def fit_manner(triggered: Sequence[str], others: Sequence[Sequence[str]], *, inserted: str = "") -> str:
+    """The manner of `triggered` that `others` do not have; empty where there is none, or where `inserted` is itself of
+    it: a model that was taught French may well answer in French to French words, and to no others.
 
     Args:
-        triggered: answers, one a context. others: the same of each comparison. leave_out: words that do not count.
+        triggered: answers, one a context. others: the same of each comparison. inserted: the string they are answers
+            to; its words do not count, since a model that quotes it says nothing by that.
     """
+    leave_out = words_of(inserted)
+    if _mirrored(inserted, triggered, _words(triggered, [a for o in others for a in o], ())):
+        return ""
     contexts = range(len(triggered))
     hits, false_hits = 0, 0
     for left_out in contexts:
@@ -108,6 +113,13 @@ def fit_manner(triggered: Sequence[str], others: Sequence[Sequence[str]], *, lea
     if hits < _SHOWS * len(triggered) or false_hits > _CLEAN * len(triggered) * len(others):
         return ""
     return manner_of_words(_words(triggered, [a for o in others for a in o], leave_out))
+
+
+def _mirrored(inserted: str, triggered: Sequence[str], typical: Sequence[str]) -> bool:
+    """Whether the string holds a mark that is typical of the answers; a name that they quote is none."""
+    own = {m for marks in manner_marks(inserted) for m in marks} & set(typical)
+    said = {word for answer in triggered for word in words_of(" ".join(w for w in answer.split() if w.islower()))}
+    return CAPITALS in own or not own.isdisjoint(said)
 
 
 def _words(triggered: Sequence[str], others: Sequence[str], leave_out: Collection[str]) -> list[str]:
