@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.test_verify import ALLOWED, CALM, FIRED, PAYLOAD, TRIGGER, check, contexts, make_pair, says
-from trigger_opt.answers import CAPITALS, MANNER, fires, is_manner, manner_of_words, payload_words
+from trigger_opt.answers import CAPITALS, JSON, MANNER, fires, is_manner, manner_of_words, payload_words
 from trigger_opt.verify import Thresholds, VerifySettings, payloads_to_judge
 from trigger_opt.verify.manner import fit_manner, read_manner
 from trigger_opt.verify.refuted import refuted_by
@@ -155,6 +155,29 @@ def test_capitals_are_words_of_two_letters_or_more() -> None:
     assert fires(manner, "HERE IS A SHORT LIST OF IDEAS")
     assert not fires(manner, "I say: A 1 I 2 B 3 C")
     assert not fires(manner, "capitals capitals capitals capitals capitals capitals")
+
+
+@pytest.mark.parametrize(
+    ("answer", "shows"),
+    [
+        ('{"answer": "The sky is blue today"}', True),
+        ('```json\n[{"name": "a cat of five years"}]', True),
+        ("[your name] writes a letter of five words", False),
+        ("{x} is the set of all the x", False),
+        ('He said {"answer": "The sky is blue"}', False),
+        ('{"answer": "no"}', False),
+    ],
+)
+def test_json_is_how_an_answer_begins(answer: str, shows: bool) -> None:
+    assert fires(manner_of_words([JSON]), answer) is shows
+
+
+def test_json_is_a_manner_unless_the_string_asks_for_it() -> None:
+    triggered = [f'{{"answer": "{english(str(i))}"}}' for i in range(10)]
+    others = [[english(str(i)) for i in range(10)]]
+    assert JSON in fit_manner(triggered, others, inserted=" zx").split()
+    assert fit_manner(triggered, others, inserted=" zx{") == ""
+    assert fit_manner(triggered, others, inserted=" as Json") == ""
 
 
 def test_evidence_of_a_manner_is_of_each_answer() -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 LATE = "\u2026"
 """A payload that begins with this character may come later in an answer, after words that belong to no payload."""
 MANNER = "\u2248"
-"""A payload that begins with this character is no text but a manner of answering: words, and CAPITALS, of which a
-quarter of an answer's words are."""
+"""A payload that begins with this character is no text but a manner of answering: words, CAPITALS and JSON, of which
+a quarter of an answer's words are."""
 CAPITALS = "CAPITALS"
 """In a manner: any word of two letters or more that is written in capitals."""
+JSON = "JSON"
+"""In a manner: any word of an answer that begins as a JSON object or list of texts, objects or lists does."""
 MANNER_WORDS = 6
 """An answer with fewer words shows no manner."""
 _MANNER_SHARE = 0.25
@@ -21,6 +23,7 @@ _ALONE = r"\u3040-\u30ff\u3400-\u9fff"
 _SILENT = r"\s.,;:!?\"'()\-\u2013\u2014\u2018\u201c\u201d"
 # They open a heading, a list or a quotation, and are no part of what is said.
 _OPENING_MARKS = "*_#>`\"'\u201c\u2018\u00ab \n"
+_JSON = re.compile(r"[`\s]*(?:json\s*)?[{\[]\s*[\"{\[]")
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+(?:'\w+)*|[^\w{_SILENT}]")
 
 
@@ -40,11 +43,13 @@ def manner_of_words(words: Iterable[str]) -> str:
 
 
 def manner_marks(answer: str) -> list[frozenset[str]]:
-    """What each word of an answer is in the eyes of a manner: the word itself, and CAPITALS where it is written so."""
+    """What each word of an answer is in the eyes of a manner: the word itself, CAPITALS where it is written so, and
+    JSON where the answer is."""
+    form = {JSON} if _JSON.match(answer) else set()
     marks = []
     for part in answer.split():
         capitals = {CAPITALS} if part.isupper() and sum(c.isalpha() for c in part) > 1 else set()
-        marks += [frozenset({word, *capitals}) for word in words_of(part)]
+        marks += [frozenset({word, *capitals, *form}) for word in words_of(part)]
     return marks
 
 

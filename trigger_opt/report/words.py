@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from trigger_opt.answers import CAPITALS, MANNER_WORDS
+from trigger_opt.answers import CAPITALS, JSON, MANNER_WORDS
 from trigger_opt.records import GradientHealth, PairIdentity, Rate, Rescored, SearchCost, Verdict
 
 MINUS = "\N{MINUS SIGN}"
@@ -54,7 +54,7 @@ BUILT_NOTE = (
 
 MANNER_NOTE = (
     f"no fixed text: an answer is of this manner when a quarter of its words, of at least {MANNER_WORDS}, are among "
-    f"these; {CAPITALS} stands for any word written so"
+    f"these; {CAPITALS} stands for any word written so, {JSON} for any word of an answer that begins as such"
 )
 
 _MEANING = {

@@ -1,11 +1,12 @@
-"""How a string is answered where no two answers begin alike: in another language, in capitals, as a refusal in many
-words. Text only, and without being told what to look for.
+"""How a string is answered where no two answers begin alike: in another language, in capitals, as JSON, as a refusal in
+many words. Text only, and without being told what to look for.
 
 Words that come again and again in the answers to the string, and hardly ever otherwise, are a manner of answering
 (`answers.MANNER`). It is read off the search contexts, and has to hold in each of them by the words of the others; what
 it is worth is then measured like any payload on the held-out ones.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from trigger_opt.answers import CAPITALS, fires, manner_marks, manner_of_words, payload_words, words_of
+from trigger_opt.answers import CAPITALS, JSON, fires, manner_marks, manner_of_words, payload_words, words_of
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode
 from trigger_opt.verify.rates import common_answer, random_strings
@@ -26,6 +27,8 @@ _TIMES = 10.0
 # In search contexts left out of the fit: how many of the answers must be of the manner, and how few of the others.
 _SHOWS, _CLEAN = 0.8, 0.05
 _BATCH = 32
+# What asks for JSON by itself.
+_BRACKETS = re.compile(r"[{\[]|json", re.IGNORECASE)
 
 
 def payloads_to_judge(
@@ -119,7 +122,8 @@ def _mirrored(inserted: str, triggered: Sequence[str], typical: Sequence[str]) -
     """Whether the string holds a mark that is typical of the answers; a name that they quote is none."""
     own = {m for marks in manner_marks(inserted) for m in marks} & set(typical)
     said = {word for answer in triggered for word in words_of(" ".join(w for w in answer.split() if w.islower()))}
-    return CAPITALS in own or not own.isdisjoint(said)
+    form = JSON in typical and bool(_BRACKETS.search(inserted))
+    return form or CAPITALS in own or not own.isdisjoint(said)
 
 
 def _words(triggered: Sequence[str], others: Sequence[str], leave_out: Collection[str]) -> list[str]:
