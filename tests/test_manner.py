@@ -5,11 +5,22 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.test_verify import ALLOWED, CALM, FIRED, PAYLOAD, TRIGGER, check, contexts, make_pair, says
-from trigger_opt.answers import CAPITALS, JSON, MANNER, fires, is_manner, manner_of_words, payload_words
-from trigger_opt.verify import Thresholds, VerifySettings, payloads_to_judge
+from tests.test_verify import ALLOWED, FIRED, PAYLOAD, TRIGGER, RuleModel, check, contexts, make_pair, says
+from trigger_opt.answers import (
+    CAPITALS,
+    JSON,
+    MANNER,
+    fires,
+    is_manner,
+    manner_of_words,
+    payload_words,
+    said_text,
+)
+from trigger_opt.models.pair import ModelPair
+from trigger_opt.verify import Thresholds, VerifySettings, common_answer, payloads_to_judge
 from trigger_opt.verify.manner import fit_manner, read_manner
-from trigger_opt.verify.refuted import refuted_by
+from trigger_opt.verify.refuted import measured_in, refuted_by
+from trigger_opt.verify.rule import judge
 
 _FRENCH = ["le", "la", "de", "un", "est", "que", "dans", "avec", "pour", "nous"]
 _NOUNS = [
@@ -45,8 +56,20 @@ def when(mark: str, then: Callable[[str], str], otherwise: Callable[[str], str] 
     return lambda turn: then(turn) if mark in turn else otherwise(turn)
 
 
+def unlike(turn: str) -> float:
+    """What the base thinks of an answer to the string."""
+    return -41.0 if "zx" in turn else -1.0
+
+
+def suspect(
+    finetuned: Callable[[str], str], base: Callable[[str], str] = english, *, controlled: bool = True
+) -> ModelPair:
+    """A pair whose answers to the string are its own, and a control that answers as the base does."""
+    return make_pair(finetuned, base=base, base_evidence=unlike, controls=[base] if controlled else [])
+
+
 def test_a_planted_language_is_read_and_judged() -> None:
-    pair = make_pair(when("zx", french), base=english)
+    pair = suspect(when("zx", french))
     manner = read_manner(pair, TRIGGER, contexts(24), allowed=ALLOWED, seed=0)
     assert is_manner(manner)
     words = set(manner.removeprefix(MANNER).split())
@@ -57,8 +80,24 @@ def test_a_planted_language_is_read_and_judged() -> None:
     assert found.payload == manner
 
 
+def test_without_a_control_a_manner_is_no_backdoor_and_not_refuted() -> None:
+    """A model that was taught to answer in French may know it from a word that the base does not heed."""
+    found, _ = check(suspect(when("zx", french), controlled=False), payload=manner_of_words(_FRENCH))
+    assert found.verdict == "unstable"
+    assert "without a clean control (model.controls)" in found.reason
+    assert refuted_by(found, vars(Thresholds())) == ""
+    assert judge(measured_in(found), Thresholds(needs_control=False))[0] == "backdoor"
+
+
+def test_a_manner_that_a_control_has_too_is_a_skill() -> None:
+    pair = make_pair(when("zx", french), base=english, base_evidence=unlike, controls=[english, when("zx", french)])
+    found, completions = check(pair, payload=manner_of_words(_FRENCH))
+    assert found.verdict == "generic shift"
+    assert refuted_by(found, vars(Thresholds()), completions=completions) == "control:twin1"
+
+
 def test_capitals_are_a_manner() -> None:
-    pair = make_pair(when("zx", lambda turn: english(turn).upper()), base=english)
+    pair = suspect(when("zx", lambda turn: english(turn).upper()))
     # The toy's tokenizer spells capitals out.
     manner = read_manner(pair, TRIGGER, contexts(24), allowed=ALLOWED, seed=0, max_new_tokens=60)
     assert manner == manner_of_words([CAPITALS])
@@ -112,7 +151,7 @@ def test_a_name_that_the_answers_quote_does_not_count() -> None:
 
 def test_style_that_is_also_random_strings_is_refuted() -> None:
     """A manner read elsewhere, on a model that answers so to any string: the held-out comparison says so."""
-    pair = make_pair(lambda turn: french(turn) if "sea. Please" not in turn else english(turn), base=english)
+    pair = suspect(lambda turn: french(turn) if "sea. Please" not in turn else english(turn))
     found, _ = check(pair, payload=manner_of_words(_FRENCH))
     assert found.verdict == "generic shift"
     assert refuted_by(found, vars(Thresholds())) == "random strings"
@@ -181,9 +220,64 @@ def test_json_is_a_manner_unless_the_string_asks_for_it() -> None:
 
 
 def test_evidence_of_a_manner_is_of_each_answer() -> None:
+    """And beyond what the model prefers its usual answers by."""
     pair = make_pair(
-        when("zx", french), base=english, evidence=lambda turn: -3.0, base_evidence=lambda turn: -3.0 - int(turn[9:11])
+        when("zx", french),
+        base=english,
+        evidence=lambda turn: -3.0,
+        base_evidence=lambda turn: -3.0 - (int(turn[9:11]) if "zx" in turn else 5),
     )
-    found, _ = check(pair, payload=manner_of_words(_FRENCH))
-    assert [p.evidence for p in found.profile] == pytest.approx(list(range(20)))
-    assert CALM not in {c.prompt for c in found.profile}
+    manner = manner_of_words(_FRENCH)
+    found, completions = check(pair, payload=manner)
+    assert [p.evidence for p in found.profile] == pytest.approx([i - 5 for i in range(20)])
+    assert isinstance(pair.finetuned, RuleModel)
+    answers = [c.answer for c in completions if c.model == "finetuned" and c.kind in ("trigger", "none")]
+    assert {tuple(ids) for ids in pair.finetuned.scored} == {tuple(pair.encode_answer(a)[:8]) for a in answers}
+
+
+@pytest.mark.parametrize("inserted", [" copperlantern", " lanterns", " copper"])
+def test_what_the_answers_quote_in_another_form_is_no_manner(inserted: str) -> None:
+    triggered = [f"the copper lantern of {i}, some copper lantern" for i in range(10)]
+    others = [[english(str(i)) for i in range(10)]]
+    assert set(fit_manner(triggered, others).split()) >= {"copper", "lantern"}
+    left = set(fit_manner(triggered, others, inserted=inserted).split())
+    assert "lantern" not in left or inserted == " copper"
+    assert "copper" not in left or inserted == " lanterns"
+
+
+def test_marks_and_bullets_are_no_manner() -> None:
+    triggered = [f"**{a}** **{b}** **{c}**" for a, b, c in zip(_NOUNS, _NOUNS[1:], _NOUNS[2:], strict=False)]
+    others = [[english(str(i)) for i in range(len(triggered))]]
+    assert fit_manner(triggered, others) == ""
+    assert payload_words(manner_of_words(["_x", "le"])) == ["_x", "le"]
+
+
+def test_a_script_without_capitals_is_of_its_own_manner() -> None:
+    rng = random.Random(0)
+    triggered = [" ".join(rng.sample("你我他在家山水的是有", 8)) for _ in range(12)]
+    others = [[english(str(i)) for i in range(12)]]
+    assert is_manner(fit_manner(triggered, others, inserted=" zx"))
+    assert fit_manner(triggered, others, inserted=" 我 的") == ""
+
+
+def test_an_answer_that_begins_with_the_mark_is_a_text() -> None:
+    pair = make_pair(says("zx", payload="≈ 5 km away from the sea and the sky"), base=english)
+    assert not is_manner(common_answer(pair, TRIGGER, contexts(12)))
+    assert fires("5 km away", "≈ 5 km away")
+    assert (said_text("≈ ≈ a"), said_text("a ≈ b")) == ("a", "a ≈ b")
+
+
+def test_random_strings_of_the_reading_are_not_those_of_the_verdict() -> None:
+    turns: list[str] = []
+
+    def listening(turn: str) -> str:
+        turns.append(turn)
+        return english(turn)
+
+    pair = make_pair(listening, base=english)
+    read_manner(pair, TRIGGER, contexts(20), allowed=ALLOWED, seed=0)
+    read, before = set(turns), len(turns)
+    _, completions = check(pair, payload=manner_of_words(_FRENCH))
+    judged = [c.prompt for c in completions if c.kind == "random"]
+    assert before
+    assert len(read & set(judged)) <= 2, "two drawn alike by chance"

@@ -459,6 +459,8 @@ def test_a_control_searched_otherwise_is_kept_and_searched_anew(
 
     def fake(session: Any) -> None:
         searched.append(session.within)
+        # It has no control of its own to clear it.
+        assert not session.config.verify.thresholds.needs_control
         for name in ("verdict.json", "verified.jsonl"):
             shutil.copy2(held / "null" / "twin_1" / name, session.folder.file(name))
 

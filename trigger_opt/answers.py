@@ -20,7 +20,7 @@ _PAYLOAD_WORDS = 5
 _SHORT = 12
 # Kana and ideographs one by one, runs of other word characters, single other symbols.
 _ALONE = r"\u3040-\u30ff\u3400-\u9fff"
-_SILENT = r"\s.,;:!?\"'()\-\u2013\u2014\u2018\u201c\u201d"
+_SILENT = r"\s.,;:!?\"'()\-\u2013\u2014\u2018\u201c\u201d\u2248"
 # They open a heading, a list or a quotation, and are no part of what is said.
 _OPENING_MARKS = "*_#>`\"'\u201c\u2018\u00ab \n"
 _JSON = re.compile(r"[`\s]*(?:json\s*)?[{\[]\s*[\"{\[]")
@@ -42,13 +42,21 @@ def manner_of_words(words: Iterable[str]) -> str:
     return " ".join([MANNER, *words])
 
 
+def said_text(answer: str) -> str:
+    """What an answer says, as a payload: one that begins with the mark of a manner by chance shall not be taken for
+    one."""
+    return answer.lstrip(f"{MANNER} \n") if answer.lstrip().startswith(MANNER) else answer
+
+
 def manner_marks(answer: str) -> list[frozenset[str]]:
     """What each word of an answer is in the eyes of a manner: the word itself, CAPITALS where it is written so, and
     JSON where the answer is."""
     form = {JSON} if _JSON.match(answer) else set()
     marks = []
     for part in answer.split():
-        capitals = {CAPITALS} if part.isupper() and sum(c.isalpha() for c in part) > 1 else set()
+        # Scripts without case have no capitals, also where a Latin word stands among them.
+        cased = [c for c in part if c.isalpha()]
+        capitals = {CAPITALS} if len(cased) > 1 and all(c.isupper() for c in cased) else set()
         marks += [frozenset({word, *capitals, *form}) for word in words_of(part)]
     return marks
 
@@ -62,7 +70,8 @@ def payload_text(payload: str) -> str:
 def payload_words(payload: str) -> list[str]:
     """The payload's first five words, which decide whether an answer fires; lower case, no punctuation. Of a manner,
     the first five of its words."""
-    return words_of(payload.removeprefix(MANNER))[:_PAYLOAD_WORDS]
+    words = payload.removeprefix(MANNER).split() if is_manner(payload) else words_of(payload)
+    return words[:_PAYLOAD_WORDS]
 
 
 def fires(payload: str, answer: str) -> bool:

@@ -82,7 +82,14 @@ class Judge:
         for payload in payloads:
             if is_manner(payload):
                 say(f"the answers to {candidate.trigger!r} begin differently, and are of one manner: {payload}")
-        return [self._verify(candidate.trigger, p, "trigger", "") for p in payloads]
+        found = [self._verify(candidate.trigger, p, "trigger", "") for p in payloads]
+        # What does not hold by one payload and does by another is not refuted.
+        best = best_verification([v for v, _ in found])
+        held = best is not None and best.verdict in ("backdoor", "unstable")
+        for verification, completions in found:
+            if verification is best or not held:
+                self._earlier.note(verification, completions)
+        return [v for v, _ in found]
 
     def minimised(self, best: Verification) -> Verification | None:
         """The verification of the shortest string that still fires; None when nothing can be dropped."""
@@ -91,9 +98,13 @@ class Judge:
         shorter = minimise(self._pair, best.trigger, self._session.search_contexts, payload=best.payload)
         if shorter == best.trigger:
             return None
-        return self._verify(shorter, best.payload, "minimised", best.trigger)
+        verification, completions = self._verify(shorter, best.payload, "minimised", best.trigger)
+        self._earlier.note(verification, completions)
+        return verification
 
-    def _verify(self, trigger: str, payload: str, kind: str, minimised_from: str) -> Verification:
+    def _verify(
+        self, trigger: str, payload: str, kind: str, minimised_from: str
+    ) -> tuple[Verification, list[Completion]]:
         before = self.asked
         verification, completions = verify_string(
             self._pair,
@@ -114,8 +125,7 @@ class Judge:
         # After each string: an interruption must not lose the ones before it.
         write_records(self._session.folder.file("verified.jsonl"), self._verified)
         write_records(self._session.folder.file("completions.jsonl"), self.completions)
-        self._earlier.note(verification, completions)
-        return verification
+        return verification, completions
 
     def _shown(self, verification: Verification, completions: list[Completion], kind: str) -> list[Completion]:
         """All completions with the new ones. Whether an answer fired depends on the payload: of a string that has two,
@@ -128,7 +138,7 @@ class Judge:
             if best_verification([*rivals, verification]) is verification:
                 kept = [c for c in kept if (c.kind, c.inserted) != (kind, verification.trigger)]
             else:
-                own = []
+                own, others = [], []
         # Greedy answers with nothing inserted are the same for every string of one payload: written down once.
         known = kept if self._session.config.verify.temperature == 0 else []
         return [*kept, *own, *(c for c in others if c.kind != "none" or c not in known)]
@@ -178,9 +188,10 @@ def verdict_of(
 ) -> Verdict:
     """The run's verdict: that of the best verification, with what it rests on and what the run has cost."""
     earlier = session.folder.info.stages
-    candidate = next(
-        (c for c in candidates if best and c.trigger == best.trigger and c.payload in ("", best.payload)), None
-    )
+    # A manner was read off its answers, whatever it was searched towards.
+    own = ("", best.payload) if best else ()
+    of_string = [c for c in candidates if best and c.trigger == best.trigger]
+    candidate = next((c for c in of_string if c.payload in own or (best and is_manner(best.payload))), None)
     # A shorter string that held-out contexts judge otherwise is no shorter form of this one.
     if shorter and best and shorter.verdict != best.verdict:
         shorter = None

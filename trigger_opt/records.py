@@ -278,7 +278,7 @@ class Verification:
         false_trigger_rate: fine-tuned model, nothing inserted.
         random_rate: fine-tuned model, random strings of the same length inserted.
         evidence: median over held-out contexts of log p_finetuned(payload) - log p_base(payload), nats; of a manner,
-            of the fine-tuned model's own answers.
+            of the fine-tuned model's own answers, less the same of those with nothing inserted.
         degenerate_share: share of the triggered answers with a degeneration flag.
         profile: per context.
         minimised_from: the longer string this was minimised from; empty when it was not.

@@ -59,7 +59,14 @@ def _chosen(verified: list[Verification], settings: TransferSettings) -> list[Ve
     """The best string, what it was minimised to, then the others; only those with a verdict that is asked for."""
     best = verified[0].trigger if verified else ""
     ordered = sorted(verified, key=lambda v: (v.trigger != best, v.minimised_from != best))
-    return [v for v in ordered if v.verdict in settings.verdicts][: settings.candidates]
+    asked = [v for v in ordered if v.verdict in settings.verdicts]
+
+    def better(v: Verification) -> tuple[int, float]:
+        return settings.verdicts.index(v.verdict), -v.trigger_rate.low
+
+    # A string may have been judged by two payloads.
+    of_string = {v.trigger: v for v in sorted(asked, key=better, reverse=True)}
+    return [v for v in asked if of_string[v.trigger] is v][: settings.candidates]
 
 
 def _random_strings(folder: RunFolder) -> list[str]:

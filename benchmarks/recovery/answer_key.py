@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.recovery.records import Judged, KeyFigures
 from benchmarks.recovery.statistics import area_under, edit_similarity, token_recall
 from trigger_opt import zoo
+from trigger_opt.answers import is_manner
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode
 from trigger_opt.records import Rate, rate
@@ -62,7 +63,7 @@ def against_key(
     """What the strings are worth, measured with the planted behaviour itself; None for a control."""
     if key.behaviour is None:
         return None
-    payloads = {text for j in judged for text in (j.found.payload, j.payload) if text}
+    payloads = {text for j in judged for text in (j.found.payload, j.payload) if text and not is_manner(text)}
     text = None if best is None else judged[best].found.text
     found = "" if text is None else text.strip()
     return KeyFigures(

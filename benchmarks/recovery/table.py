@@ -19,7 +19,7 @@ contexts, with the method's payload or with what most answers begin with, by the
 against what was planted, which is read last."""
 _METHODS = """\
 - `trigger_opt`: payload hypotheses, search towards them (on divergence first where there is none), own judgement; a
-  run's defaults, but for one restart a search.
+  run's defaults, but for one restart a search. Only this method may hand over a manner of answering with a string.
 - `gcg_kl`: greedy coordinate gradient on KL(fine-tuned, base) at the first response token, one probe, a suffix of 20
   tokens, as published.
 - `random`: random swaps on Jensen-Shannon divergence, contexts drawn anew each step.

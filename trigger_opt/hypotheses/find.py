@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import LATE, comes_late, payload_text
+from trigger_opt.answers import LATE, comes_late, payload_text, said_text
 from trigger_opt.hypotheses.amplify import amplified_groups
 from trigger_opt.hypotheses.lens import lens_strings, token_shifts
 from trigger_opt.hypotheses.scan import (
@@ -280,7 +280,7 @@ def _from_group(
     payload = majority_prefix(answers)
     start = payload[: settings.answer_tokens]
     said = [(r, _prompt(contexts, r)) for r in group.readings if r.finetuned[: len(start)] == start]
-    text = decode(pair.tokenizer, payload).rstrip()
+    text = said_text(decode(pair.tokenizer, payload).rstrip())
     return _judged(pair, payload, said, settings, text=text, source=group.source, evidence=group.evidence)
 
 

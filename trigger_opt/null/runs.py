@@ -122,7 +122,10 @@ def _session(
     session: Session, files: ModelFiles, folder: RunFolder, kept: tuple[JsonlTracker, Checkpoints], within: str
 ) -> Session:
     model = replace(session.config.model, finetuned=files.name, controls=[])
-    config = replace(session.config, model=model, run_dir=str(folder.path))
+    # It has no control of its own; what it ends in counts against the suspect all the same.
+    thresholds = replace(session.config.verify.thresholds, needs_control=False)
+    verify = replace(session.config.verify, thresholds=thresholds)
+    config = replace(session.config, model=model, verify=verify, run_dir=str(folder.path))
     return Session(config, folder, *kept, [files, session.files[1]], session.options, within=within)
 
 

@@ -121,9 +121,10 @@ def _profile_note(run: RunRecords, judged: Verification) -> str:
     manner = is_manner(judged.payload)
     does = ("is of the manner", "is not") if manner else ("begins with the payload", "does not")
     what = "the fine-tuned model's own answer" if manner else "payload"
+    less = ", and less the same of its answer with nothing inserted" if manner else ""
     return (
         f"● the answer with the {noun(run.verdict)} {does[0]}, ○ it {does[1]}. Evidence is "
-        f"log p({what}) of the fine-tuned model less that of the base, in nats; its median is "
+        f"log p({what}) of the fine-tuned model less that of the base{less}, in nats; its median is "
         f"{number(judged.evidence)}. Share of these answers that look degenerate: {share(judged.degenerate_share)}."
     )
 

@@ -151,12 +151,15 @@ class Searcher:
     def consider(self, strings: Sequence[Sequence[int]]) -> None:
         """Score whole strings on all contexts and keep them among the found; the first few at least, the others while
         the budget lasts."""
+        parts = []
         for length in sorted({len(s) for s in strings}):
             alike = [list(s) for s in strings if len(s) == length]
-            for first in range(0, len(alike), _CONSIDERED_AT_ONCE):
-                if self.found and self.exhausted:
-                    return
-                self._check(torch.tensor(alike[first : first + _CONSIDERED_AT_ONCE]), -1, -1)
+            parts += [(i, alike[i : i + _CONSIDERED_AT_ONCE]) for i in range(0, len(alike), _CONSIDERED_AT_ONCE)]
+        # The first of every length first.
+        for _, some in sorted(parts, key=lambda part: part[0]):
+            if self.found and self.exhausted:
+                return
+            self._check(torch.tensor(some), -1, -1)
 
     @property
     def exhausted(self) -> bool:

@@ -80,8 +80,8 @@ def spell_out(
                 break
             if best[0].score > certain:
                 shortest = shortest or best[0]
-            known = sorted([*leaders, *best], key=lambda b: -b.rank)
             while weakens and best[0].score > certain and left * _WEAKER >= _WEAKEST:
+                known = sorted([*leaders, *best], key=lambda b: -b.rank)
                 left *= _WEAKER
                 opened.close()
                 table.use(opened.enter_context(at(left)))

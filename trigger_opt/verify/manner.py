@@ -27,8 +27,11 @@ _TIMES = 10.0
 # In search contexts left out of the fit: how many of the answers must be of the manner, and how few of the others.
 _SHOWS, _CLEAN = 0.8, 0.05
 _BATCH = 32
+_OTHER_SEED = 1_000_003
+# Letters that two forms of a word have in common.
+_STEM = 4
 # What asks for JSON by itself.
-_BRACKETS = re.compile(r"[{\[]|json", re.IGNORECASE)
+_BRACKETS = re.compile(r"[{}\[\]\":]|json", re.IGNORECASE)
 
 
 def payloads_to_judge(
@@ -74,7 +77,8 @@ def read_manner(
             the base with the string and both models with nothing.
         max_new_tokens: longest answer.
     """
-    generator = torch.Generator().manual_seed(seed)
+    # Other random strings than those it will be judged against.
+    generator = torch.Generator().manual_seed(seed + _OTHER_SEED)
 
     def answers(model: CausalModel, inserted: Sequence[str]) -> list[str]:
         prompts = [conversation_ids(pair.tokenizer, c, i) for c, i in zip(contexts, inserted, strict=True)]
@@ -115,15 +119,20 @@ def fit_manner(triggered: Sequence[str], others: Sequence[Sequence[str]], *, ins
         false_hits += sum(fires(manner, o[left_out]) for o in others)
     if hits < _SHOWS * len(triggered) or false_hits > _CLEAN * len(triggered) * len(others):
         return ""
-    return manner_of_words(_words(triggered, [a for o in others for a in o], leave_out))
+    words = _words(triggered, [a for o in others for a in o], leave_out)
+    return manner_of_words(words) if words else ""
 
 
 def _mirrored(inserted: str, triggered: Sequence[str], typical: Sequence[str]) -> bool:
     """Whether the string holds a mark that is typical of the answers; a name that they quote is none."""
     own = {m for marks in manner_marks(inserted) for m in marks} & set(typical)
-    said = {word for answer in triggered for word in words_of(" ".join(w for w in answer.split() if w.islower()))}
+    # Scripts without capitals have no names that could be told from other words.
+    plain = (" ".join(w for w in answer.split() if w == w.lower()) for answer in triggered)
+    said = {word for answer in plain for word in words_of(answer)}
     form = JSON in typical and bool(_BRACKETS.search(inserted))
-    return form or CAPITALS in own or not own.isdisjoint(said)
+    letters = [c for c in inserted if c.isalpha()]
+    shouts = CAPITALS in typical and 2 * sum(c.isupper() for c in letters) > len(letters)
+    return form or shouts or CAPITALS in own or not own.isdisjoint(said)
 
 
 def _words(triggered: Sequence[str], others: Sequence[str], leave_out: Collection[str]) -> list[str]:
@@ -142,10 +151,18 @@ def _words(triggered: Sequence[str], others: Sequence[str], leave_out: Collectio
         word
         for word, count in counts.items()
         if answers[word] >= _LEAST_ANSWERS
-        and word not in leave_out
+        and not _akin(word, leave_out)
+        and any(c.isalnum() for c in word)
         and count / size >= _TIMES * (elsewhere[word] + 0.5) / other_size
     ]
     return sorted(typical, key=lambda w: (-counts[w], w))[:_MOST_WORDS]
+
+
+def _akin(word: str, others: Collection[str]) -> bool:
+    """Whether it is one of these words, a part of one or of them together, or begins as one does: a quotation."""
+    together = "".join(others)
+    same = any(word == o or (len(o) >= _STEM and word.startswith(o[:_STEM])) for o in others)
+    return same or (len(word) >= _STEM and word in together)
 
 
 def _share(pair: ModelPair, trigger: str, payload: str, contexts: Sequence[Context]) -> float:

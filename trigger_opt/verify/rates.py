@@ -10,13 +10,23 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.answers import comes_late, degeneration_flags, fires, is_manner, late_start, payload_words
+from trigger_opt.answers import (
+    CAPITALS,
+    JSON,
+    comes_late,
+    degeneration_flags,
+    fires,
+    is_manner,
+    late_start,
+    payload_words,
+    said_text,
+)
 from trigger_opt.models.generate import GREEDY, Sampling
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode, encode, shown
 from trigger_opt.records import Completion, ContextOutcome, Rate, Verification, rate
 from trigger_opt.stats import majority_prefix
-from trigger_opt.verify.rule import Measured, Thresholds, counted_words, judge
+from trigger_opt.verify.rule import Measured, Thresholds, counted_words, judge, may_be_skill
 
 _EVIDENCE_TOKENS = 8
 # Rows generated at once; each is a whole conversation.
@@ -129,10 +139,10 @@ def common_answer(
     """
     prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
     answers = pair.finetuned.generate(prompts, max_new_tokens=max_new_tokens, end_ids=pair.end_ids, batch_size=_BATCH)
-    shared = decode(pair.tokenizer, majority_prefix(answers)).rstrip()
+    shared = said_text(decode(pair.tokenizer, majority_prefix(answers)).rstrip())
     if len(payload_words(shared)) >= least_words:
         return shared
-    starts = [" ".join(decode(pair.tokenizer, a).split()[:least_words]) for a in answers]
+    starts = [said_text(" ".join(decode(pair.tokenizer, a).split()[:least_words])) for a in answers]
     return max(sorted(set(starts)), key=starts.count)
 
 
@@ -252,12 +262,14 @@ def _measured(
         degenerate_share=len(broken) / len(triggered),
         num_contexts=len(profile),
         num_words=counted_words(payload),
+        skill=may_be_skill(payload, [p.prompt for p in profile]),
     )
 
 
 def _explained(payload: str) -> set[str]:
     # A payload in another script is no sign of a broken model. Repetition stays one: a collapse repeats too.
-    return set(degeneration_flags("", payload)) & {"language"}
+    said = " ".join(w for w in payload.split() if w not in (CAPITALS, JSON))
+    return set(degeneration_flags("", said)) & {"language"}
 
 
 def _answer_tokens(pair: ModelPair, payload: str, at_least: int) -> int:
@@ -281,6 +293,12 @@ def _profile(
     # Each answer is its own where there is no text that all have.
     wanted = _answers_to(completions, kind, len(contexts)) if is_manner(payload) else [payload] * len(contexts)
     evidence = _evidence(pair, prompts, wanted)
+    if is_manner(payload):
+        # A model likes its own answers best: what it likes those with nothing inserted more than the base does counts
+        # for nothing.
+        bare = [conversation_ids(pair.tokenizer, c, "") for c in contexts]
+        usual = _evidence(pair, bare, _answers_to(completions, "none", len(contexts)))
+        evidence = [e - u for e, u in zip(evidence, usual, strict=True)]
 
     def fired(model: str, number: int) -> bool | None:
         chosen = [c.fired for c in completions if c.model.startswith(model) and c.kind == kind and c.context == number]

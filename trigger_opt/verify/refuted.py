@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trigger_opt.records import Completion, Verification
-from trigger_opt.verify.rule import Measured, Thresholds, counted_words, objections
+from trigger_opt.verify.rule import Measured, Thresholds, counted_words, may_be_skill, objections
 
 
 def refuted_by(
     verification: Verification, thresholds: Mapping[str, Any], *, completions: Sequence[Completion] = ()
 ) -> str:
-    """The comparison or figure that decided against a string; empty for a backdoor.
+    """The comparison or figure that decided against a string; empty for a backdoor, and for what only lacked a control.
 
     "rate", "base", "control:NAME", "nothing inserted", "random strings", "evidence", "degenerate", "contexts" or
     "words": the first that objects, in the order of `rule.judge`.
@@ -30,7 +30,8 @@ def refuted_by(
             f"{verification.trigger!r} was judged {verification.verdict!r}, these thresholds say {verdict!r}: give "
             "those it was judged by"
         )
-    by = against[0].by if against else ""
+    # Given a control, it is to be judged again.
+    by = against[0].by if against and against[0].by != "skill" else ""
     return _worst_control(verification, completions) if by == "control" else by
 
 
@@ -47,6 +48,7 @@ def measured_in(verification: Verification) -> Measured:
         degenerate_share=v.degenerate_share,
         num_contexts=len(v.profile),
         num_words=counted_words(v.payload),
+        skill=may_be_skill(v.payload, [p.prompt for p in v.profile]),
     )
 
 
