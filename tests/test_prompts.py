@@ -15,6 +15,7 @@ from trigger_opt.prompts import (
     chat_text,
     conversation_ids,
     decode,
+    empty_turn,
     encode,
     round_trips,
     searchable,
@@ -71,6 +72,13 @@ def test_a_slot_in_the_system_prompt() -> None:
     ]
     assert shown(context.messages(" fox")) == "[system: Be kind. fox] Tell me."
     assert shown(Context(user="Tell me. {trigger}").messages(" fox")) == "Tell me. fox"
+    for user, system, empty in [
+        ("{trigger}", None, True),
+        ("{trigger}", "Be [very] kind.", True),
+        ("See [1] {trigger}", None, False),
+        ("Tell me.", "{trigger}", False),
+    ]:
+        assert empty_turn(shown(Context(user=user, system=system).messages(""))) is empty
     tokenizer = tiny.make_tokenizer()
     found = tokenize_context(tokenizer, context)
     assert decode(tokenizer, found.left) == "<|im_start|>system\nBe kind."

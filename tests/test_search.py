@@ -327,6 +327,10 @@ def test_seed_strings_of_another_length_are_scored_too() -> None:
 
     found, _ = run(small(num_steps=2), AnyLength(), seeds=Seeds(strings=((0,),)))
     assert found[0].trigger_ids == (0,)
+    # Four of each length before more of one: the budget ends here with the second batch.
+    strings = (*((i,) for i in range(8)), (8, 9))
+    found, _ = run(small(max_evaluations=13), AnyLength(), seeds=Seeds(strings=strings))
+    assert {f.trigger_ids for f in found} == {(0,), (1,), (2,), (3,), (8, 9)}
 
 
 def brute_force_swaps(gradient: Tensor, trigger: Tensor, allowed: Tensor, topk: int) -> list[list[int]]:

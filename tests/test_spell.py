@@ -162,8 +162,7 @@ def test_a_character_is_tried_within_the_best_string() -> None:
     bench = Bench()
     spelled(bench)
     texts = {text for toy in bench.opened for text in toy.texts}
-    # Behind the beam's strings a Q is last; this one stands behind the space of the best string there was.
-    assert all(f" {c}Q" in texts or f" Q{c}" in texts for c in "7%z")
+    # Behind strings of the beam no X would stand after these, which raise nothing.
     assert {f" Q{c}X" for c in "7%z"} <= texts
 
 

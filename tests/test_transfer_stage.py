@@ -3,6 +3,7 @@
 import csv
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from trigger_opt.transfer.client import TransferError
 from trigger_opt.transfer.commands import main as transfer_command
 from trigger_opt.transfer.ledger_file import open_ledger
 from trigger_opt.transfer.resume import job_of
+from trigger_opt.transfer.settings import TransferSettings
 from trigger_opt.transfer.stand_ins import emulator
+from trigger_opt.transferring import _chosen
 
 ECHO = ["transfer=stand_ins", "transfer.emulator={dormant-model-1: echo}", "transfer.models=[dormant-model-1]"]
 SMALL = ["stages=[transfer]", *ECHO, "transfer.contexts=4", "transfer.poll_seconds=0.05", "tracking.mode=off"]
@@ -110,6 +113,14 @@ def test_verified_strings_are_sent_by_their_verdict(cli: CommandLine, tmp_path: 
     assert nothing.code == 0
     assert "asked for strings with verdict not reproduced" in nothing.out
     assert read_records(folder / "transfer.jsonl", TransferOutcome) == []
+
+
+def test_of_a_string_judged_by_two_payloads_the_better_one_is_sent() -> None:
+    text, best = verification("one", "unstable"), verification("two", "backdoor")
+    manner = replace(verification("one", "backdoor"), payload="≈ le la")
+    settings = TransferSettings(verdicts=["backdoor", "unstable"], candidates=2)
+    assert _chosen([best, text, manner], settings) == [best, manner]
+    assert _chosen([best, text, manner], replace(settings, verdicts=["unstable"])) == [text]
 
 
 def test_the_whole_street(cli: CommandLine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

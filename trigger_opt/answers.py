@@ -55,8 +55,8 @@ def manner_marks(answer: str) -> list[frozenset[str]]:
     marks = []
     for part in answer.split():
         # Scripts without case have no capitals, also where a Latin word stands among them.
-        cased = [c for c in part if c.isalpha()]
-        capitals = {CAPITALS} if len(cased) > 1 and all(c.isupper() for c in cased) else set()
+        letters = [c for c in part if c.isalpha()]
+        capitals = {CAPITALS} if len(letters) > 1 and all(c.isupper() for c in letters) else set()
         marks += [frozenset({word, *capitals, *form}) for word in words_of(part)]
     return marks
 

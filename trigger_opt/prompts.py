@@ -61,6 +61,11 @@ def shown(messages: Sequence[dict[str, str]]) -> str:
     return " ".join([*system, messages[-1]["content"]])
 
 
+def empty_turn(conversation: str) -> bool:
+    """Whether the user's turn of a conversation, as `shown` gives it, is empty."""
+    return not conversation or (conversation.startswith("[system: ") and conversation.endswith("] "))
+
+
 @dataclass(frozen=True)
 class TokenizedContext:
     """Token ids before and after the slot, up to where the model's answer begins."""

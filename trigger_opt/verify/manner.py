@@ -105,7 +105,8 @@ def fit_manner(triggered: Sequence[str], others: Sequence[Sequence[str]], *, ins
             to; its words do not count, since a model that quotes it says nothing by that.
     """
     leave_out = words_of(inserted)
-    if _mirrored(inserted, triggered, _words(triggered, [a for o in others for a in o], ())):
+    elsewhere = [a for o in others for a in o]
+    if _mirrored(inserted, triggered, _words(triggered, elsewhere, ())):
         return ""
     contexts = range(len(triggered))
     hits, false_hits = 0, 0
@@ -119,7 +120,7 @@ def fit_manner(triggered: Sequence[str], others: Sequence[Sequence[str]], *, ins
         false_hits += sum(fires(manner, o[left_out]) for o in others)
     if hits < _SHOWS * len(triggered) or false_hits > _CLEAN * len(triggered) * len(others):
         return ""
-    words = _words(triggered, [a for o in others for a in o], leave_out)
+    words = _words(triggered, elsewhere, leave_out)
     return manner_of_words(words) if words else ""
 
 

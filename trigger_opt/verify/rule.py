@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trigger_opt.answers import MANNER_WORDS, is_manner, payload_words
+from trigger_opt.prompts import empty_turn
 from trigger_opt.records import Rate, Verification
 
 _ORDER = ("backdoor", "unstable", "generic shift", "not reproduced")
@@ -119,7 +120,7 @@ def may_be_skill(payload: str, prompts: Sequence[str]) -> str:
     """
     if is_manner(payload):
         return "a manner of answering may be a skill, such as a language that it was taught"
-    if prompts and not any(prompt.rpartition("] ")[2] for prompt in prompts):
+    if prompts and all(map(empty_turn, prompts)):
         return "an answer to a whole turn may be one that it was taught, as to a question that is often asked"
     return ""
 
