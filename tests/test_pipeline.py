@@ -512,7 +512,7 @@ def searched_without_a_payload(cli: CommandLine, tiny: TinyPair, run: Path, *set
     given = ["hypotheses.min_score=1000", "stages=[hypotheses,search]", *settings]
     done = cli(*tiny_settings(tiny, run_dir=run), *given)
     assert done.code == 0, done.err
-    assert "no payload hypothesis: the search begins on divergence (js) instead of 'payload'" in done.out + done.err
+    assert "no payload hypothesis: the search begins on divergence (kl) instead of 'payload'" in done.out + done.err
     return read_records(run / "history.jsonl", SearchStep)
 
 
@@ -533,12 +533,12 @@ def test_payloads_that_divergence_brings_out_are_searched_next(
     steps = searched_without_a_payload(cli, tiny, run)
     assert [s.hypothesis for s in steps] == [""] * 4 + ["hello there"] * 4
     ((best, *others),) = asked
-    assert all(c.objective == "js" and c.score <= best.score for c in others)
+    assert all(c.objective == "kl" and c.score <= best.score for c in others)
     # What cannot be told by its words is no payload.
     assert [h.payload for h in read_records(run / "read_off.jsonl", Hypothesis)] == ["hello there"]
     assert not (run / "hypotheses.jsonl").read_text()
     candidates = read_records(run / "candidates.jsonl", Candidate)
-    assert {(c.payload, c.objective) for c in candidates} == {("", "js"), ("hello there", "payload")}
+    assert {(c.payload, c.objective) for c in candidates} == {("", "kl"), ("hello there", "payload")}
     # The record is of the search that read it: another one puts it aside.
     again = cli(*tiny_settings(tiny, run_dir=run), "hypotheses.min_score=1000", "stages=[search]", "payload=hello")
     assert again.code == 0, again.err

@@ -10,7 +10,7 @@ from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
 from trigger_opt import api, planning, rescoring
 from trigger_opt.api import load_pair, pair_scorer
 from trigger_opt.models.pair import LoadOptions
-from trigger_opt.objectives import JensenShannon, Payload
+from trigger_opt.objectives import KullbackLeibler, Payload
 from trigger_opt.prompts import Context, tokenize_context
 from trigger_opt.records import Candidate, Hypothesis, Rescored, read_records
 
@@ -28,7 +28,7 @@ def by_hand(tiny: TinyPair, trigger_ids: list[int], *, payload: bool = True) -> 
     users = ("Hello there. {trigger}", "{trigger} What now?", "One {trigger} two")
     contexts = [tokenize_context(pair.tokenizer, Context(user=u)) for u in users]
     target = pair.encode_answer(PAYLOAD)[: Payload().target_tokens] if payload else []
-    scorer = pair_scorer(pair, contexts, Payload() if payload else JensenShannon(), target)
+    scorer = pair_scorer(pair, contexts, Payload() if payload else KullbackLeibler(), target)
     return float(scorer.aggregate(scorer.score(torch.tensor([trigger_ids]), [0, 1, 2]))[0])
 
 

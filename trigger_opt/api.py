@@ -21,7 +21,7 @@ from trigger_opt.models.files import ModelFiles, find_model
 from trigger_opt.models.pair import LoadOptions, ModelPair
 from trigger_opt.models.pair import load_pair as load_files
 from trigger_opt.models.upcast import in_float32
-from trigger_opt.objectives import JensenShannon, Likelihood, Objective, Payload, PayloadOdds
+from trigger_opt.objectives import DIVERGENCES, JensenShannon, Likelihood, Objective, Payload, PayloadOdds
 from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.paths import data_dir
 from trigger_opt.prompts import Context, TokenizedContext, decode, encode, round_trips, searchable, tokenize_context
@@ -429,14 +429,14 @@ def score_candidates(
     """The candidates, in their order, with the scores and selection rates they have on this pair in `contexts`.
 
     In fp32 arithmetic where the pair's weights allow it. On this process alone, also under torchrun. A candidate
-    without a payload, where the objective needs one, was found on Jensen-Shannon divergence and is scored by it.
+    without a payload, where the objective needs one, is scored by the divergence it was found on.
     """
     scorers: dict[str, PairScorer] = {}
     scored = []
     for candidate in candidates:
         payload = candidate.payload
         if payload not in scorers:
-            goal = JensenShannon() if objective.needs_payload and not payload else objective
+            goal = objective if payload or not objective.needs_payload else DIVERGENCES[candidate.objective]()
             target = pair.encode_answer(payload)[: goal.target_tokens] if isinstance(goal, Likelihood) else []
             asked = _asked(pair, contexts, payload, candidate.opening)
             scorers[payload] = pair_scorer(pair, asked, goal, target, group=Group(alone=True))

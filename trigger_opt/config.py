@@ -27,10 +27,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings
-from trigger_opt.objectives import JensenShannon, KullbackLeibler, Payload, TargetLikelihood, TotalVariation
+from trigger_opt.objectives import DIVERGENCES, Payload, TargetLikelihood
 from trigger_opt.paths import data_dir
 from trigger_opt.records import VERDICTS
-from trigger_opt.search import GCG, BuildSettings, RandomSearch
+from trigger_opt.search import GCG, BuildSettings, DivergenceSettings, RandomSearch
 from trigger_opt.tokens import TokenPolicy
 from trigger_opt.transfer.settings import TransferSettings, model_names, stand_ins
 from trigger_opt.verify import VerifySettings, is_manner, payload_words
@@ -43,9 +43,7 @@ SEARCHES: dict[str, type[Any]] = {"gcg": GCG, "random": RandomSearch}
 OBJECTIVES: dict[str, type[Any]] = {
     "payload": Payload,
     "target": TargetLikelihood,
-    "js": JensenShannon,
-    "tv": TotalVariation,
-    "kl": KullbackLeibler,
+    **DIVERGENCES,
 }
 
 
@@ -158,6 +156,7 @@ class RunConfig:
             that may come later in an answer.
         max_hypotheses: payload hypotheses searched, each with an equal share of search.max_seconds and
             search.max_evaluations; of half of them where the payloads are read off strings found on divergence.
+        divergence: how that search on divergence goes, and the one that takes its place where no payload is read off.
     """
 
     model: Any
@@ -173,6 +172,7 @@ class RunConfig:
     max_hypotheses: Annotated[int, Field(ge=1)] = 2
     hypotheses: HypothesisSettings = field(default_factory=HypothesisSettings)
     build: BuildSettings = field(default_factory=BuildSettings)
+    divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
     tokens: TokenPolicy = field(default_factory=TokenPolicy)
     verify: VerifySettings = field(default_factory=VerifySettings)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
@@ -243,6 +243,11 @@ def validated(cfg: DictConfig) -> RunConfig:
         problems.append(
             f"payload: {run.payload!r} is a manner of answering, which no search can go towards; leave payload empty, "
             "and strings are searched by divergence and the manner is read off their answers"
+        )
+    if run is not None and parts["search"] is not None and parts["search"].n_replace > run.divergence.trigger_length:
+        problems.append(
+            f"divergence.trigger_length: {run.divergence.trigger_length} tokens are fewer than search.n_replace="
+            f"{parts['search'].n_replace}; raise the one or lower the other"
         )
     problems += [*_null_problems(run, parts["model"]), *_transfer_problems(run)] if run is not None else []
     if problems or run is None:

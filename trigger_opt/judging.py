@@ -32,9 +32,11 @@ _CLOSER_CONTEXTS = 8
 
 
 def to_verify(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The best of each payload first, then the next best; each pair of string and payload once."""
-    first = {c.payload: c for c in reversed(candidates)}
-    ordered = sorted(first.values(), key=candidates.index)
+    """The best of each payload first, then of each restart for it (those of one are neighbours of one string), then the
+    next best; each pair of string and payload once."""
+    by_payload = {c.payload: c for c in reversed(candidates)}
+    by_restart = {(c.payload, c.restart): c for c in reversed(candidates)}
+    ordered = [*sorted(by_payload.values(), key=candidates.index), *sorted(by_restart.values(), key=candidates.index)]
     distinct = {(c.trigger, c.payload): c for c in [*ordered, *candidates]}
     return list(distinct.values())[:count]
 
@@ -190,7 +192,7 @@ def verdict_of(
     earlier = session.folder.info.stages
     # A manner was read off its answers, whatever it was searched towards.
     own = ("", best.payload) if best else ()
-    of_string = [c for c in candidates if best and c.trigger == best.trigger]
+    of_string = [c for c in candidates if best and c.trigger in (best.trigger, best.minimised_from)]
     candidate = next((c for c in of_string if c.payload in own or (best and is_manner(best.payload))), None)
     # A shorter string that held-out contexts judge otherwise is no shorter form of this one.
     if shorter and best and shorter.verdict != best.verdict:

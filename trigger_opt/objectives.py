@@ -222,8 +222,8 @@ class TotalVariation:
 
 @dataclass(kw_only=True)
 class KullbackLeibler:
-    """KL(finetuned || base) over the first response tokens. Unbounded, and junk maximises it: on the public
-    warm-up it reached 9 to 25 nats with gibberish. Here for comparison only."""
+    """KL(finetuned || base) over the first response tokens. Unbounded, and junk raises it: on the public warm-up it
+    reached 9 to 25 nats with gibberish. So it says where to look, and nothing of what was found."""
 
     num_tokens: Annotated[int, Field(ge=1)] = 1
     soft_minimum: bool = False
@@ -240,6 +240,14 @@ class KullbackLeibler:
     ) -> Float[Tensor, " rows"]:
         """Nats."""
         return kl_divergence(finetuned, base)
+
+
+DIVERGENCES: dict[str, type[JensenShannon | TotalVariation | KullbackLeibler]] = {
+    "js": JensenShannon,
+    "tv": TotalVariation,
+    "kl": KullbackLeibler,
+}
+"""By their names in records and in `configs/objective/`."""
 
 
 def aggregate(scores: Float[Tensor, "batch context"], *, soft_minimum: bool) -> Float[Tensor, " batch"]:

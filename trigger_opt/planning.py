@@ -22,7 +22,8 @@ from trigger_opt.models.plan import (
     plan_from_count,
     plan_memory,
 )
-from trigger_opt.objectives import Likelihood, Objective
+from trigger_opt.objectives import DIVERGENCES, Likelihood, Objective
+from trigger_opt.search import SearchSettings
 from trigger_opt.weight_diff import precision_note
 
 # What stands after the slot in a chat template before the answer begins, and before it; measured on five families.
@@ -117,17 +118,24 @@ def _find(model: ModelConfig, remedy: str) -> list[ModelFiles]:
 
 
 def search_load(config: RunConfig) -> SearchLoad:
-    """What this run's search holds at once."""
+    """The most that this run's search holds at once, towards a payload or on divergence where none is known."""
     objective: Objective = config.objective
+    loads = [_load(config, objective, config.search)]
+    if objective.needs_payload and not config.payload:
+        loads.append(_load(config, DIVERGENCES[config.divergence.objective](), config.divergence.of(config.search)))
+    return SearchLoad(**{key: max(getattr(load, key) for load in loads) for key in vars(loads[0])})
+
+
+def _load(config: RunConfig, objective: Objective, search: SearchSettings) -> SearchLoad:
     scored = objective.target_tokens if isinstance(objective, Likelihood) else objective.num_tokens
-    tokens = config.search.trigger_length + TOKENS_AFTER_SLOT + scored
+    tokens = search.trigger_length + TOKENS_AFTER_SLOT + scored
     num_contexts = len(config.contexts.search)
-    contexts = min(config.search.contexts_per_step, num_contexts)
+    contexts = min(search.contexts_per_step, num_contexts)
     return SearchLoad(
-        search_width=min(config.search.search_width * contexts, max(1, _TOKENS_AT_ONCE // tokens)),
+        search_width=min(search.search_width * contexts, max(1, _TOKENS_AT_ONCE // tokens)),
         tokens_per_candidate=tokens,
         scored_positions=scored,
-        context_tokens=num_contexts * (_CONTEXT_TOKENS + config.search.trigger_length),
+        context_tokens=num_contexts * (_CONTEXT_TOKENS + search.trigger_length),
         gradient_tokens=contexts * tokens,
     )
 

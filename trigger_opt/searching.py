@@ -9,7 +9,7 @@ from trigger_opt import api, interrupts
 from trigger_opt.answers import comes_late
 from trigger_opt.config import RunConfig
 from trigger_opt.judging import to_verify
-from trigger_opt.objectives import JensenShannon, Objective
+from trigger_opt.objectives import DIVERGENCES, Objective
 from trigger_opt.progress import say
 from trigger_opt.prompts import decode
 from trigger_opt.records import (
@@ -33,6 +33,8 @@ from trigger_opt.verify import payload_words
 
 ELSEWHERE = 1_000_003
 """Added to the seed of a second search on divergence: no other job of a sweep shall have that one."""
+FROM_BEFORE = 4
+"""So many of the first one's strings it begins from."""
 _COLUMNS = ["trigger", "payload", "score", "selection_rate", "restart", "step"]
 
 
@@ -66,15 +68,15 @@ class SearchProgress:
     def begin(cls, session: Session, outcome: StageOutcome) -> "SearchProgress":
         """From what an interrupted start of this stage kept, or from nothing."""
         kept = outcome.state
-        strategy = replace(session.config.search)
         if not kept:
             outcome.matmul_rate = _matmul_rate(session)
-            return cls(outcome, strategy, _goals(session))
-        strategy.max_seconds, strategy.max_evaluations = kept["share"]
+            return cls(outcome, replace(session.config.search), _goals(session))
         outcome.meter, outcome.rescoring = Meter(**kept["meter"]), Meter(**kept["rescoring"])
         outcome.matmul_rate, outcome.seconds_before = kept["matmul_rate"], kept["elapsed"]
         found = [Candidate(**c) for c in kept["found"]]
         goals = [None if g is None else Hypothesis(**g) for g in kept["goals"]]
+        strategy = replace(_strategy(session.config, goals[kept["goal"]]))
+        strategy.max_seconds, strategy.max_evaluations = kept["share"]
         state = SearchState.from_plain(kept["search"]) if kept["search"] else None
         where = f"after step {state.step + 1} of restart {state.restart + 1}" if state else "with the next search"
         say(f"{session.title('search')}: goes on {where}")
@@ -96,7 +98,8 @@ class SearchProgress:
         self.spent, self.strings = self.outcome.evaluations, ()
         # Half is kept for the payloads that divergence may bring out.
         to_come = len(self.goals) - self.goal + self.looks_for_payloads(config)
-        self.strategy = _share(config, self.elapsed, self.spent, to_come)
+        strategy = _strategy(config, self.goals[self.goal])
+        self.strategy = _share(strategy, self.elapsed, self.spent, to_come)
         self.told_before = self.told if self.again else 0.0
 
     def end_goal(self) -> None:
@@ -151,7 +154,7 @@ def search_strings(session: Session, outcome: StageOutcome) -> list[Candidate]:
     objective: Objective = session.config.objective
     try:
         if not outcome.state:
-            _look_at_gradient(session, progress.goals[0], _objective(session, progress.goals[0]), outcome)
+            _look_at_gradient(session, progress.goals[0], outcome)
         while progress.goal < len(progress.goals):
             # Each goal stops itself once a string fires; what it leaves over goes to the next. All are searched: the
             # first may be a persona that fires everywhere, and a later one the backdoor.
@@ -205,8 +208,8 @@ def _goals(session: Session) -> list[Hypothesis | None]:
                 goals.append(h)
     if not goals:
         say(
-            f"no payload hypothesis: the search begins on divergence (js) instead of {config.objective.name!r}, and "
-            "reads payloads off what it finds"
+            f"no payload hypothesis: the search begins on divergence ({config.divergence.objective}) instead of "
+            f"{config.objective.name!r}, and reads payloads off what it finds"
         )
         return [None]
     return goals[: config.max_hypotheses]
@@ -238,13 +241,24 @@ def _read_off(session: Session, progress: SearchProgress) -> list[Hypothesis | N
     return [*said]
 
 
-def _objective(session: Session, goal: Hypothesis | None) -> Objective:
+def _objective(config: RunConfig, goal: Hypothesis | None) -> Objective:
     """Divergence where there is no payload to raise."""
-    asked: Objective = session.config.objective
-    return JensenShannon() if goal is None and asked.needs_payload else asked
+    asked: Objective = config.objective
+    return DIVERGENCES[config.divergence.objective]() if goal is None and asked.needs_payload else asked
 
 
-def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Objective, outcome: StageOutcome) -> None:
+def _strategy(config: RunConfig, goal: Hypothesis | None) -> api.Strategy:
+    """How the search towards this goes, with the whole budget."""
+    strategy: api.Strategy = config.search
+    if goal is None and config.objective.needs_payload:
+        return config.divergence.of(strategy)
+    if goal is not None and goal.source == api.DIVERGENCE_SEARCH:
+        # The strings that said it are to be made better, and no piece of theirs says it.
+        return replace(strategy, trigger_length=config.divergence.trigger_length)
+    return strategy
+
+
+def _look_at_gradient(session: Session, goal: Hypothesis | None, outcome: StageOutcome) -> None:
     """Where the search follows gradients: whether they say anything, for the best goal."""
     config = session.config
     if not isinstance(config.search, GCG):
@@ -253,10 +267,10 @@ def _look_at_gradient(session: Session, goal: Hypothesis | None, objective: Obje
         session.pair(),
         session.search_contexts,
         hypothesis=goal,
-        objective=objective,
+        objective=_objective(config, goal),
         policy=config.tokens,
         seed=config.seed,
-        length=config.search.trigger_length,
+        length=_strategy(config, goal).trigger_length,
         on_cost=outcome.spend,
     )
     write_record(session.folder.file("gradient.json"), health)
@@ -282,9 +296,9 @@ def _matmul_rate(session: Session) -> float:
     return matmul_rate(model.device, next(model.network.parameters()).dtype)
 
 
-def _share(config: RunConfig, elapsed: float, spent: int, goals_left: int) -> api.Strategy:
+def _share(strategy: api.Strategy, elapsed: float, spent: int, goals_left: int) -> api.Strategy:
     """The strategy with its equal share of what is left of the budget."""
-    strategy: api.Strategy = replace(config.search)
+    strategy = replace(strategy)
     if strategy.max_seconds is not None:
         strategy.max_seconds = max(1.0, (strategy.max_seconds - elapsed) / goals_left)
     if strategy.max_evaluations is not None:
@@ -297,8 +311,12 @@ def _build_strings(session: Session, progress: SearchProgress) -> None:
     them."""
     moved, goal, build = _prior(session), progress.goals[progress.goal], session.config.build
     nothing = not (moved and build.max_tokens) and (goal is None or not build.max_characters)
-    # A second search on divergence shall begin elsewhere.
-    if progress.search is not None or progress.again or nothing:
+    if progress.search is None and progress.again:
+        # A second search on divergence goes on from the first one's best, drawing otherwise.
+        best = sorted(progress.found, key=lambda c: -c.score)
+        progress.strings = tuple(dict.fromkeys(tuple(c.trigger_ids) for c in best))[:FROM_BEFORE]
+        return
+    if progress.search is not None or nothing:
         return
     began = progress.elapsed
     made = _built(session, progress, moved)
@@ -352,7 +370,7 @@ def _built(session: Session, progress: SearchProgress, moved: Sequence[int]) -> 
             if builds:
                 built += api.build_triggers(
                     pair, session.search_contexts, tokens=moved, hypothesis=goal,
-                    divergence=_objective(session, None), settings=config.build, policy=config.tokens,
+                    divergence=_objective(config, None), settings=config.build, policy=config.tokens,
                     seed=config.seed, on_progress=on_progress, on_cost=on_cost, **left(share),
                 )  # fmt: skip
     built = sorted(dict.fromkeys(built), key=len)
@@ -407,7 +425,7 @@ def _search_one(session: Session, goal: Hypothesis | None, progress: SearchProgr
 
         call = api.SearchCall(
             goal,
-            _objective(session, goal),
+            _objective(session.config, goal),
             strategy,
             session.config.tokens,
             seed,

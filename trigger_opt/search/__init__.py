@@ -4,6 +4,7 @@ Nothing here knows a transformer: a search sees a `Scorer` and a check of which 
 """
 
 from trigger_opt.search.build import BuildSettings, build_up
+from trigger_opt.search.divergence import DivergenceSettings
 from trigger_opt.search.health import gradient_health
 from trigger_opt.search.loop import NoValidStringError, SearchSettings
 from trigger_opt.search.protocol import Found, OnState, Scorer, SearchState, Seeds, Step, Validity, ignore_state
@@ -15,6 +16,7 @@ __all__ = [
     "GCG",
     "BuildSettings",
     "Built",
+    "DivergenceSettings",
     "Found",
     "NoValidStringError",
     "OnState",

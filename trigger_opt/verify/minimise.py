@@ -10,25 +10,30 @@ from trigger_opt.prompts import Context, conversation_ids, decode, encode
 def minimise(
     pair: ModelPair, trigger: str, contexts: Sequence[Context], *, payload: str, tolerance: float = 0.05
 ) -> str:
-    """The shortest string reached by dropping single tokens, never losing more than `tolerance` of the rate.
+    """The shortest string reached by dropping runs of tokens, never losing more than `tolerance` of the rate.
 
     `contexts` are the search's: choosing among shorter strings on the held-out ones would spoil them. The
-    fine-tuned model answers greedily. Each round drops the token whose loss leaves the highest rate (the first,
-    among equals) and stops when every drop costs more than allowed of the full string's rate.
+    fine-tuned model answers greedily. Each round drops the run whose loss leaves the highest rate (the first,
+    among equals): of half the string's tokens as long as one can go, then of half as many, at last of single tokens. It
+    stops when each of those costs more than allowed of the full string's rate.
     """
     ids = encode(pair.tokenizer, [trigger])[0]
-    texts = [trigger]
-    floor = _rates(pair, texts, contexts, payload)[0] - tolerance
+    floor = _rates(pair, [trigger], contexts, payload)[0] - tolerance
     # At a rate within the tolerance of zero every drop would pass.
-    while floor > 0 and len(ids) > 1:
-        shorter = [ids[:i] + ids[i + 1 :] for i in range(len(ids))]
-        texts = [decode(pair.tokenizer, s) for s in shorter]
+    if floor <= 0:
+        return trigger
+    run = len(ids) // 2
+    while run:
+        texts = [decode(pair.tokenizer, ids[:i] + ids[i + run :]) for i in range(0, len(ids), run)]
         rates = _rates(pair, texts, contexts, payload)
         best = max(range(len(rates)), key=lambda i: (rates[i], -i))
-        if rates[best] < floor or not texts[best].strip():
-            break
-        ids = encode(pair.tokenizer, [texts[best]])[0]
-        trigger = texts[best]
+        shorter = encode(pair.tokenizer, [texts[best]])[0] if texts[best].strip() else []
+        # What is tokenised anew may have grown instead.
+        if rates[best] < floor or not 0 < len(shorter) < len(ids):
+            run //= 2
+            continue
+        ids, trigger = shorter, texts[best]
+        run = min(run, len(ids) // 2)
     return trigger
 
 

@@ -13,10 +13,11 @@ from trigger_opt.hypotheses.lens import token_shifts
 from trigger_opt.hypotheses.scan import draw_inputs, draw_strings, read_inputs
 from trigger_opt.judging import to_verify
 from trigger_opt.models.pair import ModelPair
+from trigger_opt.objectives import DIVERGENCES
 from trigger_opt.prompts import Context, TokenizedContext, searchable, tokenize_context
 from trigger_opt.records import Candidate, Hypothesis, MovedToken, Verification
-from trigger_opt.search import GCG
-from trigger_opt.searching import ELSEWHERE
+from trigger_opt.search import GCG, DivergenceSettings
+from trigger_opt.searching import ELSEWHERE, FROM_BEFORE
 from trigger_opt.verify import Thresholds, best_verification, minimise, payload_words, payloads_to_judge
 from trigger_opt.verify.rule import detection_score
 
@@ -24,7 +25,6 @@ from trigger_opt.verify.rule import detection_score
 _LENS, _STRINGS, _SCANNED, _SEARCHED = 0.3, 0.2, 0.4, 0.85
 # Where no payload came out before the search, strings are judged by their manner too, which about doubles that.
 _SEARCHED_BLIND = 0.75
-_SCANNED_AFTER_LENS = 0.6
 # In 120 s of one processor a lens of 6,500 tokens, a seventh of the vocabulary, took more than it gave
 # (experiments/LOG.md).
 _LEAST_LENS = 16384
@@ -41,6 +41,8 @@ _GOALS = 2
 # More than any budget lasts for. One restart: it begins where the payload was seen, and steps are dear.
 _STEPS = 1_000_000
 _VERIFIED = 3
+# Of what is left for the search where there is no payload: for the strings one may be read off.
+_BLIND = 0.6
 # Of the contexts given every third judges the strings before they are handed over.
 _EVERY = 3
 _TOLD = 12
@@ -48,11 +50,11 @@ _TOLD = 12
 
 def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: int) -> MethodResult:
     """Ranking tokens by how far the fine-tuning moves them gets 30 % of the budget, if that is enough for 16,384 of
-    them; strings of those, and random ones, are read for 20 %. Where they bring out no payload, the scan of tokens and
-    words goes on for another 20 % (10 % after the lens), if that is enough for 1,024 of them. The search, towards the
-    two best payloads, ends at 85 %; where there is none it is on divergence for half of that, and then towards what the
-    strings found say. Towards a payload, and where tokens were ranked,
-    strings are built up first. The rest, 25 % where no payload came out, is for judging three strings, and minimising
+    them; strings of those, and random ones, are read for 20 %. Where no tokens were ranked and no payload came out, the
+    scan of tokens and words goes on for another 20 %, if that is enough for 1,024 of them. The search, towards the
+    two best payloads, ends at 85 %. Where there is none it ends at 75 %, and is on divergence for 60 % of its time, and
+    then towards what the strings found say, or on from them. Towards a payload, and where tokens were ranked,
+    strings are built up first. The rest is for judging three strings, and minimising
     the best, on a third of the contexts given. Its statistic is `verify.rule.detection_score` there.
 
     Departs from a run in its one restart a search, in that strings are judged by no manner where a payload came out
@@ -67,17 +69,18 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     candidates: list[Candidate] = []
     blind = not goals
     if blind:
-        candidates = _searched(pair, contexts, account, [None], seed, prior, share=0.5)
+        candidates = _searched(pair, contexts, account, [None], seed, prior, until=_SEARCHED_BLIND, share=_BLIND)
         with account.counting(pair):
             read = api.payloads_of(
                 pair, contexts, candidates, settings=replace(HypothesisSettings(), groups=_FEW_GROUPS)
             )
         goals = [h for h in read if payload_words(h.payload)][:_GOALS]
-        notes.append(f"no payload: searched on js, which {'brought one out' if goals else 'brought none out'}")
-    # Divergence a second time begins elsewhere, and not where another seed's cell begins.
+        notes.append(f"no payload: searched on divergence, which {'brought one out' if goals else 'brought none out'}")
+    # Divergence a second time goes on from what was found, and draws as no other seed's cell does.
+    best = sorted(candidates, key=lambda c: -c.score)[:FROM_BEFORE] if not goals else []
     candidates += _searched(
         pair, contexts, account, goals or [None], seed if goals else seed + ELSEWHERE, prior,
-        until=_SEARCHED_BLIND if blind else _SEARCHED, builds=bool(goals),
+        until=_SEARCHED_BLIND if blind else _SEARCHED, before=best,
     )  # fmt: skip
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
@@ -105,9 +108,9 @@ def _payloads(
         found = api.find_payloads(pair, contexts, settings=strings, seed=seed, on_moved=moved.extend)
     notes = [f"{tokens:,} tokens through the lens; {strings.num_lens_strings:,} and {strings.num_strings:,} strings"]
     notes += [f"moved most: {' '.join(repr(m.text) for m in moved[:_TOLD])}"] if moved else []
-    scan_until = _SCANNED_AFTER_LENS if tokens else _SCANNED
-    scan = _affordable(_passes_until(scan_until, seconds_a_pass, account), len(contexts))
     prior = [m.token_id for m in moved]
+    # Strings of the most moved tokens tell more than single tokens, and the search more than what they leave out.
+    scan = None if tokens else _affordable(_passes_until(_SCANNED, seconds_a_pass, account), len(contexts))
     if found or scan is None:
         return found, prior, notes
     with account.counting(pair):
@@ -193,23 +196,28 @@ def _searched(
     *,
     until: float = _SEARCHED,
     share: float = 1.0,
-    builds: bool = True,
+    before: Sequence[Candidate] = (),
 ) -> list[Candidate]:
     """`until`: share of the budget at whose end the searches end. `share`: of what is left until then, for all goals
-    alike. `builds`: short strings first."""
+    alike. `before`: what an earlier search found, to begin from instead of strings built up."""
     found: list[Candidate] = []
-    strategy = GCG(num_restarts=1, num_steps=_STEPS)
+    divergence = DivergenceSettings()
     for number, goal in enumerate(goals):
         part = share / (len(goals) - number)
-        strings: list[tuple[int, ...]] = []
+        strings = [tuple(c.trigger_ids) for c in before]
         left = account.seconds_until(until), account.evaluations_until(until)
         # As in a run: towards a payload, or from the most moved tokens, and not before a second search on divergence.
-        if (prior or goal) and builds:
+        if (prior or goal) and not before:
             strings = built(pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=until, share=part)
             part = _left_of(part, left, account, until)
+        strategy = GCG(num_restarts=1, num_steps=_STEPS)
+        if goal is None:
+            strategy = divergence.of(strategy)
+        elif goal.source == api.DIVERGENCE_SEARCH:
+            strategy = replace(strategy, trigger_length=divergence.trigger_length)
         found += searched(
             pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, strings=strings,
-            until=until, share=part,
+            objective=None if goal else DIVERGENCES[divergence.objective](), until=until, share=part,
         )  # fmt: skip
     return found
 
@@ -252,7 +260,10 @@ def _judged(
     if left and judged and (best := judged[0][1]) and best.trigger_rate.value >= Thresholds().appears:
         shorter = minimise(pair, best.trigger, contexts, payload=best.payload)
         if shorter != best.trigger:
-            strings.insert(1, replace(strings[0], text=shorter))
+            again = api.verify_trigger(pair, shorter, contexts, payload=best.payload, seed=seed)
+            strings.insert(1, replace(strings[0], text=shorter, score=detection_score([again])))
+    # Of equals the shorter: it stands behind the one it was made from.
+    strings[:2] = sorted(strings[:2], key=lambda s: (-s.score, len(s.text)))
     return strings, max((s.score for s in strings), default=0.0)
 
 

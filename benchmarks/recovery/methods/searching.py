@@ -6,6 +6,7 @@ from dataclasses import replace
 from benchmarks.recovery.methods.common import Account, FoundString, most_scored
 from trigger_opt import api
 from trigger_opt.models.pair import ModelPair
+from trigger_opt.objectives import Objective
 from trigger_opt.prompts import Context
 from trigger_opt.records import Candidate, Hypothesis
 from trigger_opt.scoring import Meter
@@ -23,6 +24,7 @@ def searched(
     strategy: api.Strategy,
     seed: int,
     hypothesis: Hypothesis | None = None,
+    objective: Objective | None = None,
     prior: Sequence[int] = (),
     strings: Sequence[Sequence[int]] = (),
     until: float = 1.0,
@@ -45,8 +47,8 @@ def searched(
         account.charge_search(meter, rescoring, len(steps) * at_once)
 
     return api.find_triggers(
-        pair, contexts, hypothesis=hypothesis, strategy=limited, prior=prior, strings=strings, seed=seed,
-        on_step=steps.append, on_cost=on_cost,
+        pair, contexts, hypothesis=hypothesis, objective=objective, strategy=limited, prior=prior, strings=strings,
+        seed=seed, on_step=steps.append, on_cost=on_cost,
     )  # fmt: skip
 
 
