@@ -201,23 +201,27 @@ def _searched(
     """`until`: share of the budget at whose end the searches end. `share`: of what is left until then, for all goals
     alike. `before`: what an earlier search found, to begin from instead of strings built up."""
     found: list[Candidate] = []
-    divergence = DivergenceSettings()
+    settings = DivergenceSettings()
+    divergence = DIVERGENCES[settings.objective]()
     for number, goal in enumerate(goals):
         part = share / (len(goals) - number)
         strings = [tuple(c.trigger_ids) for c in before]
         left = account.seconds_until(until), account.evaluations_until(until)
         # As in a run: towards a payload, or from the most moved tokens, and not before a second search on divergence.
         if (prior or goal) and not before:
-            strings = built(pair, contexts, account, hypothesis=goal, tokens=prior, seed=seed, until=until, share=part)
+            strings = built(
+                pair, contexts, account, hypothesis=goal, divergence=divergence, tokens=prior, seed=seed, until=until,
+                share=part,
+            )  # fmt: skip
             part = _left_of(part, left, account, until)
         strategy = GCG(num_restarts=1, num_steps=_STEPS)
         if goal is None:
-            strategy = divergence.of(strategy)
+            strategy = settings.of(strategy)
         elif goal.source == api.DIVERGENCE_SEARCH:
-            strategy = replace(strategy, trigger_length=divergence.trigger_length)
+            strategy = replace(strategy, trigger_length=settings.trigger_length)
         found += searched(
             pair, contexts, account, strategy=strategy, seed=seed, hypothesis=goal, prior=prior, strings=strings,
-            objective=None if goal else DIVERGENCES[divergence.objective](), until=until, share=part,
+            objective=None if goal else divergence, until=until, share=part,
         )  # fmt: skip
     return found
 

@@ -58,6 +58,7 @@ def built(
     account: Account,
     *,
     hypothesis: Hypothesis | None,
+    divergence: Objective,
     tokens: Sequence[int],
     seed: int,
     until: float,
@@ -74,7 +75,8 @@ def built(
         account.charge_search(meter, rescoring, 0)
 
     return api.build_triggers(
-        pair, contexts, hypothesis=hypothesis, tokens=tokens, settings=settings, seed=seed, on_cost=on_cost,
+        pair, contexts, hypothesis=hypothesis, divergence=divergence, tokens=tokens, settings=settings, seed=seed,
+        on_cost=on_cost,
         max_seconds=max(_LEAST_SECONDS, part * account.seconds_until(until)),
         # Each string is scored on both models.
         max_evaluations=max(1, int(part * account.evaluations_until(until) / 2)),
