@@ -26,8 +26,10 @@ from trigger_opt.config import (
 )
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings
+from trigger_opt.models.plan import SearchLoad
 from trigger_opt.objectives import Payload
 from trigger_opt.paths import data_dir
+from trigger_opt.planning import search_load
 from trigger_opt.search import GCG, RandomSearch
 from trigger_opt.tokens import TokenPolicy
 from trigger_opt.verify import VerifySettings
@@ -162,3 +164,23 @@ def test_experiments_hold_settings_only() -> None:
     for file in data_dir("experiments").glob("*.yaml"):
         assert set(yaml.safe_load(file.read_text())) <= known, file
         assert Path(file).read_text().startswith("#"), f"{file}: the first line says what it is for"
+
+
+def test_a_search_without_a_payload_has_settings_of_its_own() -> None:
+    with pytest.raises(UserError, match=r"divergence.objective: 'payload' is not allowed; choose from js, tv, kl"):
+        validated(composed("divergence.objective=payload"))
+    few = "divergence.trigger_length: 2 tokens are fewer than search.n_replace=3; raise the one or lower the other"
+    with pytest.raises(UserError, match=re.escape(few)):
+        validated(composed("divergence.trigger_length=2", "search.n_replace=3"))
+
+
+def test_the_plan_holds_the_larger_of_both_searches() -> None:
+    def load(*given: str) -> SearchLoad:
+        return search_load(validated(composed(*given)))
+
+    wide, narrow = "divergence.search_width=2048", "divergence.search_width=2"
+    assert load(wide).search_width > load(narrow).search_width
+    assert load("divergence.trigger_length=40").tokens_per_candidate > load().tokens_per_candidate
+    # Towards a payload that is given, or where the divergence is all that is asked for, no other search runs.
+    for alone in ("payload=hello there", "objective=js"):
+        assert load(wide, alone) == load(narrow, alone)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trigger_opt.search import GCG, Found, NoValidStringError, RandomSearch, Scorer, Seeds, Step
+from trigger_opt.search import GCG, DivergenceSettings, Found, NoValidStringError, RandomSearch, Scorer, Seeds, Step
 from trigger_opt.search.loop import initial_pool, ranked
 from trigger_opt.search.moves import distinct, draw_swaps, random_options, random_triggers, top_swaps, with_prior
 
@@ -743,3 +743,20 @@ def test_each_restart_begins_from_seed_strings_of_its_own(monkeypatch: pytest.Mo
     run(small(num_restarts=2, num_steps=1), Toy(), seeds=Seeds(tokens=(1, 2), strings=strings))
     assert [s.strings for s in given] == [strings[0::2], strings[1::2]]
     assert all(s.tokens == (1, 2) for s in given)
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_without_a_payload_a_strategy_keeps_its_kind_and_budget(kind: type[Strategy]) -> None:
+    told = kind(trigger_length=6, search_width=64, num_steps=7, prior_share=0.25, max_seconds=9.0, stop_rate=2.0)
+    blind = DivergenceSettings(trigger_length=12, search_width=32, contexts_per_step=2).of(told)
+    assert type(blind) is kind
+    assert (blind.trigger_length, blind.search_width, blind.contexts_per_step) == (12, 32, 2)
+    assert (blind.num_steps, blind.prior_share, blind.max_seconds, blind.stop_rate) == (7, 0.25, 9.0, 2.0)
+    assert told.trigger_length == 6, "the settings towards a payload are another's"
+
+
+def test_settings_without_a_payload_are_checked() -> None:
+    with pytest.raises(ValueError, match="buffer_size=8 leaves no room for new strings in search_width=8"):
+        DivergenceSettings(buffer_size=8, search_width=8)
+    with pytest.raises(ValueError, match="n_replace=3 exceeds trigger_length=2"):
+        DivergenceSettings(trigger_length=2).of(GCG(n_replace=3))

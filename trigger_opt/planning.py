@@ -214,4 +214,7 @@ def _bound(config: RunConfig) -> str:
         parts.append(f"{s.max_seconds:g} s")
     if s.max_evaluations is not None:
         parts.append(f"{s.max_evaluations} evaluations")
+    if config.objective.needs_payload and not config.payload:
+        d = config.divergence
+        parts.append(f"where no payload is known steps of {d.search_width} candidates on {d.objective}")
     return ", ".join(parts)

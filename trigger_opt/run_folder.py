@@ -44,7 +44,7 @@ _APART = {"null": ("transfer",)}
 # What each of these stages takes from the configuration, beside the models and contexts.
 _SETTINGS = {
     "hypotheses": ("hypotheses",),
-    "search": ("objective", "build", "search", "tokens", "payload", "max_hypotheses"),
+    "search": ("objective", "build", "divergence", "search", "tokens", "payload", "max_hypotheses"),
     "verify": ("verify",),
 }
 SEARCH_SETTINGS = ("contexts", *(part for parts in _SETTINGS.values() for part in parts), "seed")
