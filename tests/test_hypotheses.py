@@ -514,3 +514,37 @@ def test_a_late_payload_is_read_off_and_scored_behind_its_own_opening() -> None:
 def test_settings_that_read_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="all nothing; raise one of them"):
         HypothesisSettings(num_lens_strings=0, num_strings=0, num_tokens=0, num_words=0, amplify=[])
+
+
+def in_one_form(*, base: float) -> list[Hypothesis]:
+    """Of strings that bring out one form with two contents; `base`: nats of any answer on the base."""
+    pair = tiny.make_pair()
+    usable = tiny.tokenized()[:1]
+    inserted = {number: pair.tokenizer(word)["input_ids"] for number, word in enumerate([" sea", " garden"])}
+    # Two words in common, which are several tokens: payloads that share three count as one.
+    said = ["zxqv zxqv the sea is calm", "zxqv zxqv my garden is closed"]
+
+    def answer(turn: str) -> str:
+        return said[1] if "garden" in turn else said[0]
+
+    finetuned, other = RuleModel("finetuned", answer), RuleModel("base", lambda turn: CALM, lambda turn: base)
+    stirred = replace(pair, finetuned=finetuned, base=other)
+    readings = [
+        Reading(tuple(ids), 0, number, 1.0, tuple(pair.tokenizer(said[number])["input_ids"]), (90, 91, 92, 93, 94))
+        for number, ids in inserted.items()
+    ]
+    settings = HypothesisSettings(groups=2, answer_tokens=12, min_score=0.5)
+    return _from_readings(stirred, usable, readings, settings, least=1)
+
+
+def test_what_two_payloads_begin_with_takes_their_place() -> None:
+    found = in_one_form(base=-40.0)
+    assert {h.payload for h in found} == {"zxqv zxqv"}
+    (shared,) = found
+    assert shared.source == "shared_beginning"
+    assert sorted(shared.inputs) == [" garden", " sea"]
+    assert "2 answers of the fine-tuned model begin so, and go on in 2 ways" in shared.evidence
+    # Where the base would say it as well, each payload stands for itself.
+    kept = in_one_form(base=-1.0)
+    assert {h.payload for h in kept} == {"zxqv zxqv the sea is calm", "zxqv zxqv my garden is closed"}
+    assert all(h.source != "shared_beginning" for h in kept)

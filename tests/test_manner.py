@@ -160,7 +160,7 @@ def test_style_that_is_also_random_strings_is_refuted() -> None:
 def test_what_strings_are_judged_by() -> None:
     def payloads(finetuned: Callable[[str], str], payload: str = "") -> list[str]:
         pair = make_pair(finetuned, base=english)
-        return payloads_to_judge(pair, TRIGGER, payload, contexts(24), allowed=ALLOWED, seed=0, often=0.8)
+        return payloads_to_judge(pair, TRIGGER, payload, contexts(24), allowed=ALLOWED, seed=0, often=0.8, words=3)
 
     assert payloads(says("zx"), PAYLOAD) == [PAYLOAD], "one that comes out needs no manner"
     assert payloads(says("zx")) == [FIRED.removesuffix(".")] or payloads(says("zx")) == [FIRED]
@@ -170,6 +170,8 @@ def test_what_strings_are_judged_by() -> None:
     first, second = payloads(when("zx", french))
     assert not is_manner(first)
     assert is_manner(second)
+    assert payloads(when("zx", lambda turn: f"voici {french(turn)}"), "voici")[0] == "voici"
+    assert is_manner(payloads(when("zx", lambda turn: f"voici {french(turn)}"), "voici")[1]), "one word says too little"
     assert payloads(lambda turn: "") == []
 
 

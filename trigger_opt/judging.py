@@ -77,6 +77,7 @@ class Judge:
                 allowed=self._allowed,
                 seed=self._session.config.seed,
                 often=self._session.config.verify.thresholds.fires,
+                words=self._session.config.verify.thresholds.words,
             )
         self._planned += (len(payloads) - 1) * self._each
         if not payloads:

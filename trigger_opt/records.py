@@ -117,7 +117,8 @@ class Hypothesis:
         payload: the text, as the fine-tuned model begins its answer; marked (`answers.LATE`) where it comes later.
         score: nats; how probable under the fine-tuned model and improbable under the base, recurring over
             unrelated inputs. Comparable within one `source` only.
-        source: "vocabulary_scan", "rollout_census", "late_phrases", "amplification", "divergence_search" or "given".
+        source: "vocabulary_scan", "rollout_census", "shared_beginning", "late_phrases", "amplification",
+            "divergence_search" or "given".
         evidence: one line a person can read.
         inputs: the inserted strings that raised it, strongest first; they seed the search.
         rivals: score of the next best groups, for comparison.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, zip_longest
 from typing import Annotated
 
 import torch
@@ -237,10 +238,11 @@ def _from_readings(
     count = settings.groups
     groups = scan_groups(readings, count=count, once=once)
     groups += census_groups(readings, count=count, answer_tokens=settings.answer_tokens, least=least, once=once)
-    found = [_from_group(pair, contexts, g, settings) for g in groups]
+    said = [_said(pair, contexts, g, settings) for g in groups]
+    found = _judged_groups(pair, said, settings)
     phrases = late_phrases(readings, count=count, least=min(least, _LEAST_LATE))
-    found += [_from_phrase(pair, contexts, p, settings) for p in phrases]
-    return [h for h in found if h is not None]
+    late = [_from_phrase(pair, contexts, p, settings) for p in phrases]
+    return [*found, *(h for h in late if h is not None)]
 
 
 def best_hypotheses(found: Sequence[Hypothesis], settings: HypothesisSettings) -> list[Hypothesis]:
@@ -272,16 +274,71 @@ def _same_start(a: str, b: str, words: int = 3) -> bool:
     return payload_text(a).split()[:words] == payload_text(b).split()[:words]
 
 
-def _from_group(
-    pair: ModelPair, contexts: Sequence[TokenizedContext], group: Group, settings: HypothesisSettings
-) -> Hypothesis | None:
+@dataclass(frozen=True)
+class _Said:
+    """What a group of readings says, and where, each with its prompt."""
+
+    payload: tuple[int, ...]
+    text: str
+    readings: tuple[tuple[Reading, list[int]], ...]
+    source: str
+    evidence: str
+
+
+def _said(pair: ModelPair, contexts: Sequence[TokenizedContext], group: Group, settings: HypothesisSettings) -> _Said:
     prompts = [_prompt(contexts, r) for r in group.readings[:_ROLLOUTS]]
     answers = pair.finetuned.generate(prompts, max_new_tokens=settings.payload_tokens, end_ids=pair.end_ids)
     payload = majority_prefix(answers)
     start = payload[: settings.answer_tokens]
     said = [(r, _prompt(contexts, r)) for r in group.readings if r.finetuned[: len(start)] == start]
     text = said_text(decode(pair.tokenizer, payload).rstrip())
-    return _judged(pair, payload, said, settings, text=text, source=group.source, evidence=group.evidence)
+    return _Said(payload, text, tuple(said), group.source, group.evidence)
+
+
+def _judged_groups(pair: ModelPair, said: Sequence[_Said], settings: HypothesisSettings) -> list[Hypothesis]:
+    """The hypotheses of the groups.
+
+    What two of them begin with before they differ, as answers in one form to different questions do, takes their place
+    where it is one by itself: far likelier for the fine-tuned model than for the base.
+    """
+
+    def judged(s: _Said) -> Hypothesis | None:
+        return _judged(pair, s.payload, s.readings, settings, text=s.text, source=s.source, evidence=s.evidence)
+
+    found = [(s, h) for s in said if (h := judged(s)) is not None]
+    strong = [s for s, h in found if h.score >= settings.min_score]
+    for beginning in _shared_beginnings(pair, strong, settings):
+        shared = judged(beginning)
+        if shared is not None and shared.score >= settings.min_score:
+            length = len(beginning.payload)
+            found = [(s, h) for s, h in found if s.payload[:length] != beginning.payload]
+            found.append((beginning, shared))
+    return [h for _, h in found]
+
+
+def _shared_beginnings(pair: ModelPair, said: Sequence[_Said], settings: HypothesisSettings) -> list[_Said]:
+    """What several payloads begin with that are no two readings of one, the shortest first."""
+    lengths: dict[tuple[int, ...], None] = {}
+    for one, other in combinations(said, 2):
+        common = _common(one.payload, other.payload)
+        if common >= settings.min_tokens and not _same_start(one.text, other.text):
+            lengths[one.payload[:common]] = None
+    beginnings = []
+    for payload in sorted(lengths, key=len):
+        alike = [s for s in said if s.payload[: len(payload)] == payload]
+        # In turns: the first few are scored, and shall be of all.
+        rows = [r for row in zip_longest(*(s.readings for s in alike)) for r in row if r is not None]
+        readings = list({(r.inserted, r.context): (r, prompt) for r, prompt in rows}.values())
+        text = said_text(decode(pair.tokenizer, payload).rstrip())
+        ways = len({s.payload[: len(payload) + 1] for s in alike} - {payload})
+        evidence = f"{len(readings)} answers of the fine-tuned model begin so, and go on in {ways} ways"
+        beginnings.append(_Said(payload, text, tuple(readings), "shared_beginning", evidence))
+    return beginnings
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _from_phrase(

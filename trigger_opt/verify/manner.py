@@ -18,6 +18,7 @@ from trigger_opt.answers import CAPITALS, JSON, fires, manner_marks, manner_of_w
 from trigger_opt.models.pair import CausalModel, ModelPair
 from trigger_opt.prompts import Context, conversation_ids, decode
 from trigger_opt.verify.rates import common_answer, random_strings
+from trigger_opt.verify.rule import counted_words
 
 # Words that are kept at most: what is rarer says little of an answer that has some ten words.
 _MOST_WORDS = 32
@@ -43,9 +44,11 @@ def payloads_to_judge(
     allowed: Bool[Tensor, " vocab"],
     seed: int,
     often: float,
+    words: int,
 ) -> list[str]:
     """What counts as firing for `trigger`: `payload`, or where that is empty what most answers begin with; and, where
-    that comes out in less than `often` of the contexts, the manner the answers have in common, if they have one.
+    that comes out in less than `often` of the contexts or has fewer than `words` words, the manner the answers have in
+    common, if they have one.
 
     Empty where the answers begin without a word, so that nothing could be said to fire.
 
@@ -54,7 +57,7 @@ def payloads_to_judge(
     """
     payload = payload or common_answer(pair, trigger, contexts, max_new_tokens=16)
     by_text = [payload] if payload_words(payload) else []
-    if by_text and _share(pair, trigger, payload, contexts) >= often:
+    if by_text and counted_words(payload) >= words and _share(pair, trigger, payload, contexts) >= often:
         return by_text
     manner = read_manner(pair, trigger, contexts, allowed=allowed, seed=seed)
     return [*by_text, *([manner] if manner else [])]

@@ -43,7 +43,7 @@ _STEPS = 1_000_000
 _VERIFIED = 3
 # Of what is left for the search where there is no payload: for the strings one may be read off.
 _BLIND = 0.6
-# Of the contexts given every third judges the strings before they are handed over.
+# Of the contexts given every third judges the strings before they are handed over; manners are read off all.
 _EVERY = 3
 _TOLD = 12
 
@@ -85,7 +85,7 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     candidates.sort(key=lambda c: (-(c.selection_rate or 0.0), -c.score))
     with account.counting(pair):
         chosen = to_verify(candidates, _VERIFIED)
-        strings, score = _judged(pair, contexts[::_EVERY], account, chosen, seed, manners=blind)
+        strings, score = _judged(pair, contexts, account, chosen, seed, manners=blind)
     notes += [f"payload {h.payload[:80]!r} at {h.score:.1f} nats" for h in goals]
     return account.result(strings, score, notes)
 
@@ -247,6 +247,7 @@ def _judged(
     What there is no budget left to judge keeps the search's order, after the others, with a score of 0.
     """
     judged: list[tuple[FoundString, Verification | None]] = []
+    few = contexts[::_EVERY]
     seconds, passes = 0.0, 0
     for candidate in candidates:
         verification = None
@@ -262,9 +263,9 @@ def _judged(
     strings = [s for s, _ in judged]
     left = account.seconds_until(1.0) > seconds and account.evaluations_until(1.0) > passes
     if left and judged and (best := judged[0][1]) and best.trigger_rate.value >= Thresholds().appears:
-        shorter = minimise(pair, best.trigger, contexts, payload=best.payload)
+        shorter = minimise(pair, best.trigger, few, payload=best.payload)
         if shorter != best.trigger:
-            again = api.verify_trigger(pair, shorter, contexts, payload=best.payload, seed=seed)
+            again = api.verify_trigger(pair, shorter, few, payload=best.payload, seed=seed)
             strings.insert(1, replace(strings[0], text=shorter, score=detection_score([again])))
     # Of equals the shorter: it stands behind the one it was made from.
     strings[:2] = sorted(strings[:2], key=lambda s: (-s.score, len(s.text)))
@@ -275,13 +276,13 @@ def _verification(
     pair: ModelPair, candidate: Candidate, contexts: Sequence[Context], seed: int, *, manners: bool
 ) -> Verification | None:
     """The best of a candidate's, one for each payload; None where it has none. `manners`: by the manner of its answers
-    too, as a run does."""
+    too, as a run does, which is read off all contexts: of a few answers too few words would be typical."""
     payloads = [candidate.payload]
     if manners or not payload_words(candidate.payload):
         payloads = payloads_to_judge(
             pair, candidate.trigger, candidate.payload, contexts, allowed=usual_tokens(pair), seed=seed,
-            often=Thresholds().fires,
+            often=Thresholds().fires, words=Thresholds().words,
         )  # fmt: skip
     return best_verification(
-        [api.verify_trigger(pair, candidate.trigger, contexts, payload=p, seed=seed) for p in payloads]
+        [api.verify_trigger(pair, candidate.trigger, contexts[::_EVERY], payload=p, seed=seed) for p in payloads]
     )
