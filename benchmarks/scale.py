@@ -8,7 +8,7 @@ from trigger_opt.config import RunConfig, register, register_resolvers, validate
 from trigger_opt.hypotheses.find import MOVED_KEPT
 from trigger_opt.models.plan import ModelSize, WeightLoad, plan_memory
 from trigger_opt.paths import data_dir
-from trigger_opt.planning import TOKENS_AFTER_SLOT, search_load
+from trigger_opt.planning import TOKENS_AFTER_SLOT, largest, search_loads
 from trigger_opt.search import BuildSettings
 from trigger_opt.search.spell import CHARACTERS, SPELLED_FINALISTS
 
@@ -51,7 +51,7 @@ def flops_of(config: RunConfig, size: ModelSize = QWEN_7B) -> float:
         size,
         length=config.search.trigger_length,
         after=TOKENS_AFTER_SLOT,
-        scored=search_load(config).scored_positions,
+        scored=search_loads(config)[0].scored_positions,
     )
 
 
@@ -61,7 +61,8 @@ def memory_rows(config: RunConfig, size: ModelSize) -> Iterator[tuple[str, str, 
         for precision in ("bfloat16", "int8", "nf4"):
             quantization = None if precision == "bfloat16" else precision
             load = WeightLoad(full_sets=sets, adapter_parameters=adapter, quantization=quantization)
-            yield kind, precision, plan_memory(size, load=load, search=search_load(config)).total_bytes / 1e9
+            plan = largest(plan_memory(size, load=load, search=search) for search in search_loads(config))
+            yield kind, precision, plan.total_bytes / 1e9
 
 
 def memory_table(config: RunConfig, size: ModelSize = QWEN_7B) -> str:

@@ -26,10 +26,10 @@ from trigger_opt.config import (
 )
 from trigger_opt.errors import UserError
 from trigger_opt.hypotheses import HypothesisSettings
-from trigger_opt.models.plan import SearchLoad
+from trigger_opt.models.plan import MemoryPlan, PlanItem
 from trigger_opt.objectives import Payload
 from trigger_opt.paths import data_dir
-from trigger_opt.planning import search_load
+from trigger_opt.planning import largest, search_loads
 from trigger_opt.search import GCG, RandomSearch
 from trigger_opt.tokens import TokenPolicy
 from trigger_opt.verify import VerifySettings
@@ -174,13 +174,15 @@ def test_a_search_without_a_payload_has_settings_of_its_own() -> None:
         validated(composed("divergence.trigger_length=2", "search.n_replace=3"))
 
 
-def test_the_plan_holds_the_larger_of_both_searches() -> None:
-    def load(*given: str) -> SearchLoad:
-        return search_load(validated(composed(*given)))
+def test_the_plan_is_of_the_larger_of_both_searches() -> None:
+    def tokens(*given: str) -> list[int]:
+        return [load.tokens_per_candidate for load in search_loads(validated(composed(*given)))]
 
-    wide, narrow = "divergence.search_width=2048", "divergence.search_width=2"
-    assert load(wide).search_width > load(narrow).search_width
-    assert load("divergence.trigger_length=40").tokens_per_candidate > load().tokens_per_candidate
+    short, long = tokens("divergence.trigger_length=2"), tokens("divergence.trigger_length=40")
+    assert short[0] == long[0], "towards a payload"
+    assert long[1] - short[1] == 38
     # Towards a payload that is given, or where the divergence is all that is asked for, no other search runs.
     for alone in ("payload=hello there", "objective=js"):
-        assert load(wide, alone) == load(narrow, alone)
+        assert len(tokens(alone)) == 1
+    plans = [MemoryPlan(items=(PlanItem(what="logits", nbytes=n),)) for n in (3, 5, 4)]
+    assert largest(plans) is plans[1]

@@ -17,7 +17,7 @@ import trigger_opt
 from tests import tiny as tiny_models
 from tests.tiny_pair import CommandLine, TinyPair, opened_files, tiny_settings
 from tests.wandb_reader import read_run, read_table, sessions
-from trigger_opt import api, searching, session
+from trigger_opt import api, judging, searching, session, verify
 from trigger_opt.config import LOCAL_STAGES
 from trigger_opt.objectives import Payload
 from trigger_opt.paths import CHECKPOINT
@@ -27,6 +27,7 @@ from trigger_opt.records import (
     Candidate,
     Completion,
     Hypothesis,
+    Rate,
     RunInfo,
     SearchStep,
     TensorFamilyDiff,
@@ -626,27 +627,39 @@ def test_an_interruption_while_strings_are_built_keeps_the_search_before(
     assert whole_steps == resumed_steps
 
 
-def test_divergence_that_brings_nothing_out_goes_on_elsewhere(
+def test_divergence_that_brings_nothing_out_goes_on_from_its_best(
     cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbounded = searched_without_a_payload(cli, tiny, tmp_path / "unbounded")
     assert [s.hypothesis for s in unbounded] == [""] * 4
-    build, built = api.build_triggers, []
+    build, built, find = api.build_triggers, [], api.find_triggers
+    begun: list[tuple[int, list[tuple[int, ...]]]] = []
+    found: list[list[Candidate]] = []
 
     def noted(*given: Any, **options: Any) -> Any:
         built.append(build(*given, **options))
         return built[-1]
 
+    def searched(*given: Any, **options: Any) -> Any:
+        begun.append((options["seed"], [tuple(ids) for ids in options["strings"]]))
+        found.append(find(*given, **options))
+        return found[-1]
+
     monkeypatch.setattr(api, "build_triggers", noted)
+    monkeypatch.setattr(api, "find_triggers", searched)
     steps = searched_without_a_payload(cli, tiny, tmp_path / "run", "search.max_evaluations=100000")
     assert [s.hypothesis for s in steps] == [""] * 8
+    (first_seed, first_strings), (second_seed, second_strings) = begun
+    assert built == [first_strings], "what the first one begins from is not built again"
+    best = sorted(found[0], key=lambda c: -c.score)[: searching.FROM_BEFORE]
+    assert second_strings == [tuple(c.trigger_ids) for c in best]
+    assert (first_seed, second_seed) == (0, searching.ELSEWHERE), "other contexts are drawn, and other swaps"
     candidates = read_records(tmp_path / "run" / "candidates.jsonl", Candidate)
-    # The second search begins elsewhere: not from what the first one began from.
-    assert len(built) == 1
     # Two restarts each; what tells the second search's strings apart is their restart. Before them stand those built.
-    assert {(c.restart, c.seed) for c in candidates} == {(number, 0) for number in range(-1, 4)}
+    assert {c.seed for c in candidates} == {0}
+    assert {c.restart for c in candidates} <= set(range(-1, 4))
+    assert {2, 3} <= {c.restart for c in candidates}
     assert [s.restart for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len({s.trigger for s in steps if s.step == 0}) == 4
     assert [s.seconds for s in steps] == sorted(s.seconds for s in steps)
     assert not (tmp_path / "run" / "read_off.jsonl").exists()
 
@@ -662,3 +675,46 @@ def test_seed_strings_keep_to_the_token_policy() -> None:
     allowed[list(barred)] = False
     seeds = api._seeds(tokenizer, hypothesis, allowed, valid)
     assert (seeds.strings, seeds.tokens) == ((kept,), kept)
+
+
+@pytest.mark.parametrize(("whole", "shortest"), [("generic shift", "backdoor"), ("backdoor", "generic shift")])
+def test_a_verdict_is_on_the_form_that_is_judged_better(
+    cli: CommandLine, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: str, shortest: str
+) -> None:
+    """Random strings of many tokens fire where those of few do not, so that a long string may be refuted by its
+    length alone."""
+    verify_string = verify.verify_string
+
+    def judged(*given: Any, **options: Any) -> Any:
+        found, completions = verify_string(*given, **options)
+        verdict = shortest if options["kind"] == "minimised" else whole
+        rate = Rate(successes=2, n=2, low=0.3, high=1.0)
+        return replace(found, trigger_rate=rate, verdict=verdict, reason=f"so {verdict}"), completions
+
+    monkeypatch.setattr(judging, "verify_string", judged)
+    monkeypatch.setattr(judging, "minimise", lambda *given, **options: " one")
+    run = tmp_path / "run"
+    done = cli(*tiny_settings(tiny, run_dir=run), "payload=hello there", "verify.candidates=1", "candidates.keep=false")
+    assert done.code == 0, done.err
+    first, second = read_records(run / "verified.jsonl", Verification)
+    short, long = (first, second) if shortest == "backdoor" else (second, first)
+    assert (short.trigger, short.minimised_from) == (" one", long.trigger)
+    verdict = read_record(run / "verdict.json", Verdict)
+    assert (verdict.verdict, verdict.reason) == ("backdoor", "so backdoor")
+    # A shorter form that is judged worse is none.
+    assert verdict.trigger == verdict.minimised_trigger == first.trigger
+    (candidate,) = [c for c in read_records(run / "candidates.jsonl", Candidate) if c.trigger == long.trigger]
+    assert verdict.score == candidate.score
+    assert repr(first.trigger)[1:-1].strip() in (run / "report.md").read_text()
+
+
+def test_strings_to_verify_are_no_neighbours_where_others_are() -> None:
+    def found(trigger: str, payload: str, restart: int) -> Candidate:
+        return Candidate(
+            trigger=trigger, trigger_ids=[1], payload=payload, objective="payload", score=0.0, selection_rate=None,
+            restart=restart, step=0, seed=0, evaluations=0,
+        )  # fmt: skip
+
+    best_first = [found("a", "p", 0), found("b", "p", 0), found("c", "q", 0), found("d", "p", 1), found("e", "q", 0)]
+    assert [c.trigger for c in judging.to_verify(best_first, 5)] == ["a", "c", "d", "b", "e"]
+    assert [c.trigger for c in judging.to_verify(best_first, 2)] == ["a", "c"]

@@ -1,7 +1,7 @@
 """Before anything is loaded: which files, how much memory, does it fit, is the device there."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,13 +117,18 @@ def _find(model: ModelConfig, remedy: str) -> list[ModelFiles]:
     return found
 
 
-def search_load(config: RunConfig) -> SearchLoad:
-    """The most that this run's search holds at once, towards a payload or on divergence where none is known."""
+def search_loads(config: RunConfig) -> list[SearchLoad]:
+    """What this run's search holds at once: towards a payload, and on divergence where none may be known."""
     objective: Objective = config.objective
     loads = [_load(config, objective, config.search)]
     if objective.needs_payload and not config.payload:
         loads.append(_load(config, DIVERGENCES[config.divergence.objective](), config.divergence.of(config.search)))
-    return SearchLoad(**{key: max(getattr(load, key) for load in loads) for key in vars(loads[0])})
+    return loads
+
+
+def largest(plans: Iterable[MemoryPlan]) -> MemoryPlan:
+    """The plan that takes most."""
+    return max(plans, key=lambda plan: plan.total_bytes)
 
 
 def _load(config: RunConfig, objective: Objective, search: SearchSettings) -> SearchLoad:
@@ -144,15 +149,19 @@ def _published_plan(config: RunConfig) -> MemoryPlan | None:
     m: ModelConfig = config.model
     if None in (m.num_parameters, m.num_layers, m.d_model, m.vocab_size, m.num_kv_heads, m.head_dim):
         return None
-    return plan_from_count(
-        num_parameters=m.num_parameters or 0,
-        num_layers=m.num_layers or 0,
-        d_model=m.d_model or 0,
-        vocab=m.vocab_size or 0,
-        num_kv_heads=m.num_kv_heads or 0,
-        head_dim=m.head_dim or 0,
-        load=WeightLoad(full_sets=2, dtype=m.dtype, quantization=None if m.quantization == "none" else m.quantization),
-        search=search_load(config),
+    load = WeightLoad(full_sets=2, dtype=m.dtype, quantization=None if m.quantization == "none" else m.quantization)
+    return largest(
+        plan_from_count(
+            num_parameters=m.num_parameters or 0,
+            num_layers=m.num_layers or 0,
+            d_model=m.d_model or 0,
+            vocab=m.vocab_size or 0,
+            num_kv_heads=m.num_kv_heads or 0,
+            head_dim=m.head_dim or 0,
+            load=load,
+            search=search,
+        )
+        for search in search_loads(config)
     )
 
 
@@ -172,7 +181,8 @@ def memory_plan(config: RunConfig, files: Sequence[ModelFiles]) -> MemoryPlan:
         dtype=m.dtype,
         quantization=None if m.quantization == "none" else m.quantization,
     )
-    return plan_memory(model_size(base, allow_code=m.allow_code), load=load, search=search_load(config))
+    size = model_size(base, allow_code=m.allow_code)
+    return largest(plan_memory(size, load=load, search=search) for search in search_loads(config))
 
 
 def _distils(config: RunConfig) -> bool:
