@@ -30,13 +30,16 @@ from benchmarks.recovery.runner import Running, run_cells
 from benchmarks.recovery.store import CRASHED, DONE, MISSING, OTHER, CellStore
 from tests import tiny
 from tests.recovery_cells import MADE, SPEC, Leaky, cell, judged
+from tests.test_manner import english, french, when
+from tests.test_verify import contexts, make_pair
 from tests.wired_pair import HELD_OUT, PAYLOAD, SEARCH, TRIGGER, clean_pair, wired_pair
+from trigger_opt.answers import manner_of_words
 from trigger_opt.errors import UserError
 from trigger_opt.models.pair import ModelPair
 from trigger_opt.prompts import conversation_ids
 from trigger_opt.scoring import CLOCK
 from trigger_opt.search import GCG
-from trigger_opt.zoo.behaviours import Json, Says
+from trigger_opt.zoo.behaviours import French, Json, Says
 from trigger_opt.zoo.recipes import RECIPES
 
 BUDGET = Budget(seconds=120.0, evaluations=3300)
@@ -109,6 +112,26 @@ def test_a_planted_pair_and_a_clean_one(method: str) -> None:
     assert figures.base_rate is not None
     assert (figures.trigger_rate.successes, figures.trigger_rate.n, figures.base_rate.successes) == (20, 20, 0)
     assert (figures.payload_recovered, figures.similarity, figures.recall, figures.width) == (True, 1.0, 1.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "finetuned", "recovered"),
+    [
+        (["le", "la", "de", "un", "est", "que", "dans", "avec", "pour", "nous"], when("zx", french), True),
+        (["the", "some"], when("zx", french), False),
+        # Answers that do not show the behaviour are of no manner that could be it.
+        (["the", "some", "of"], lambda turn: "the sea of some stone the river of the winter", False),
+    ],
+    ids=["its own", "another", "nothing shown"],
+)
+def test_a_manner_recovers_a_behaviour_that_its_answers_show(
+    words: list[str], finetuned: Callable[[str], str], recovered: bool
+) -> None:
+    said = replace(judged(" zx", 1.0), payload=manner_of_words(words))
+    pair = make_pair(finetuned, base=english)
+    figures = against_key(pair, AnswerKey(behaviour=French(), trigger="zx"), [said], 0, contexts(20))
+    assert figures is not None
+    assert figures.payload_recovered is recovered
 
 
 def test_leak_finds_what_is_said_in_samples_and_fires() -> None:

@@ -82,7 +82,8 @@ class KeyFigures:
         trigger: what was planted; empty where it is no string.
         trigger_rate, base_rate: how often the planted behaviour comes with the best string in the held-out contexts,
             from the fine-tuned model and from the base; None where no string was found.
-        payload_recovered: whether the text of any payload handed over or verified shows the behaviour.
+        payload_recovered: whether the text of any payload handed over or verified shows the behaviour, or a manner that
+            a string was judged by is that of its answers which show it.
         similarity: normalised edit similarity of the best string and the trigger. recall: share of the trigger's tokens
             in it; both 0 where nothing was found, None where what was planted is no string.
         width: area under the organism's partial-trigger curve, 1 where any part fires; None where it was not measured.
