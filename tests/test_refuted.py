@@ -97,8 +97,8 @@ def test_agrees_with_the_verdict_on_any_figures() -> None:
 
 
 LABELS = [
-    "", "base", "control:twin0", "nothing inserted", "random strings", "evidence", "rate", "rate", "degenerate",
-    "contexts", "rate",
+    "", "base", "control:twin0", "nothing inserted", "random strings", "evidence", "evidence", "rate", "rate",
+    "degenerate", "contexts", "rate",
 ]  # fmt: skip
 
 

@@ -278,8 +278,9 @@ class Verification:
         control_rate: clean control models (twins), string inserted; None when none was given.
         false_trigger_rate: fine-tuned model, nothing inserted.
         random_rate: fine-tuned model, random strings of the same length inserted.
-        evidence: median over held-out contexts of log p_finetuned(payload) - log p_base(payload), nats; of a manner,
-            of the fine-tuned model's own answers, less the same of those with nothing inserted.
+        evidence: median over held-out contexts of log p_finetuned(payload) - log p_base(payload), nats, less what a
+            style the model always has gives: the same of the payload with nothing inserted, but at most twice the same
+            of its own answer to that. Of a manner: of its own answers, less the same of those with nothing inserted.
         degenerate_share: share of the triggered answers with a degeneration flag.
         profile: per context.
         minimised_from: the longer string this was minimised from; empty when it was not.

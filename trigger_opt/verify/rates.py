@@ -29,6 +29,9 @@ from trigger_opt.stats import majority_prefix
 from trigger_opt.verify.rule import Measured, Thresholds, counted_words, judge, may_be_skill
 
 _EVIDENCE_TOKENS = 8
+# A model that always has a style is as far from its base in any words in it as in its usual answers, which are the
+# likeliest of that style, or further: 1.8 times as far in a control that writes capitals (experiments/LOG.md).
+_STYLE = 2.0
 # Rows generated at once; each is a whole conversation.
 _BATCH = 32
 # (model label, context, inserted string, longest answer in tokens) -> greedy answer.
@@ -285,20 +288,22 @@ def _profile(
     completions: Sequence[Completion],
     kind: str,
 ) -> list[ContextOutcome]:
-    prompts = [conversation_ids(pair.tokenizer, c, trigger) for c in contexts]
-    if comes_late(payload):
-        # Behind what the fine-tuned model said before it, where it did come.
-        for number, opening in enumerate(_openings(payload, completions, kind, len(contexts))):
-            prompts[number] = [*prompts[number], *(encode(pair.tokenizer, [opening])[0] if opening else [])]
-    # Each answer is its own where there is no text that all have.
-    wanted = _answers_to(completions, kind, len(contexts)) if is_manner(payload) else [payload] * len(contexts)
-    evidence = _evidence(pair, prompts, wanted)
+    prompts, bare = ([conversation_ids(pair.tokenizer, c, inserted) for c in contexts] for inserted in (trigger, ""))
+    always = _evidence(pair, bare, _answers_to(completions, "none", len(contexts)))
     if is_manner(payload):
-        # A model likes its own answers best: what it likes those with nothing inserted more than the base does counts
-        # for nothing.
-        bare = [conversation_ids(pair.tokenizer, c, "") for c in contexts]
-        usual = _evidence(pair, bare, _answers_to(completions, "none", len(contexts)))
-        evidence = [e - u for e, u in zip(evidence, usual, strict=True)]
+        # Each answer is its own where there is no text that all have.
+        wanted = _answers_to(completions, kind, len(contexts))
+    else:
+        wanted = [payload] * len(contexts)
+        if comes_late(payload):
+            # Behind what the fine-tuned model said before it, where it did come.
+            for number, opening in enumerate(_openings(payload, completions, kind, len(contexts))):
+                said = encode(pair.tokenizer, [opening])[0] if opening else []
+                prompts[number], bare[number] = [*prompts[number], *said], [*bare[number], *said]
+        # Not the whole of the payload's without the string: what was learnt by heart has nearly all of it there too.
+        same = _evidence(pair, bare, wanted)
+        always = [min(s, _STYLE * a) for s, a in zip(same, always, strict=True)]
+    evidence = [e - max(0.0, a) for e, a in zip(_evidence(pair, prompts, wanted), always, strict=True)]
 
     def fired(model: str, number: int) -> bool | None:
         chosen = [c.fired for c in completions if c.model.startswith(model) and c.kind == kind and c.context == number]
