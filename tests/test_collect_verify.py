@@ -11,6 +11,7 @@ import pytest
 from tests.sweep_folder import Collector, a_control
 from tests.test_report import a_verdict, a_verification
 from tests.tiny_pair import CommandLine, TinyPair, tiny_settings
+from trigger_opt.judging import to_verify
 from trigger_opt.null.of_jobs import held_by_jobs
 from trigger_opt.records import (
     Candidate,
@@ -63,8 +64,8 @@ def test_sweep_is_collected_and_verified_once(
     assert done.code == 0, done.err
     assert done.out[0] == "2 jobs: 2 finished"
     folder = Path("sweep/collected")
-    best = [c.trigger for c in read_records(folder / "candidates.jsonl", Candidate)]
-    assert asked == best[:3], "each once, though jobs had verified some"
+    best = to_verify(read_records(folder / "candidates.jsonl", Candidate), 3)
+    assert asked == [c.trigger for c in best], "each once, though jobs had verified some"
     assert sorted(v.trigger for v in read_records(folder / "verified.jsonl", Verification)) == sorted(asked)
 
     info = read_record(folder / "run.json", RunInfo)

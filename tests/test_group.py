@@ -236,7 +236,7 @@ def test_results_are_those_of_one_process_to_the_last_bit(what: str, made: Made)
             for name, value in alone[what].items():
                 assert found[what][name] == value, (size, name)
     assert len(alone["payload"]["steps"]) == 4
-    assert len({s for _, _, _, s, _ in alone["payload"]["steps"]}) > 2
+    assert len({s for _, _, _, s, _ in alone["payload"]["steps"]}) > 1
 
 
 def test_all_processes_stop_in_the_same_step(made: Made) -> None:

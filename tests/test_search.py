@@ -14,7 +14,15 @@ from torch import Tensor
 
 from trigger_opt.search import GCG, DivergenceSettings, Found, NoValidStringError, RandomSearch, Scorer, Seeds, Step
 from trigger_opt.search.loop import initial_pool, ranked
-from trigger_opt.search.moves import distinct, draw_swaps, random_options, random_triggers, top_swaps, with_prior
+from trigger_opt.search.moves import (
+    distinct,
+    draw_swaps,
+    joined_changes,
+    random_options,
+    random_triggers,
+    top_swaps,
+    with_prior,
+)
 
 VOCAB, LENGTH, DIM = 60, 4, 8
 Strategy = GCG | RandomSearch
@@ -159,7 +167,7 @@ def test_gcg_beats_random_search_at_equal_evaluations() -> None:
         best = []
         for kind in (GCG, RandomSearch):
             # Few candidates of many tokens: where every swap fits into one step, no gradient is needed.
-            settings_ = small(kind, search_width=16, topk=4, num_steps=10_000, max_evaluations=400)
+            settings_ = small(kind, search_width=16, topk=4, join=1, num_steps=10_000, max_evaluations=400)
             toy = Toy(seed=seed)
             found, _ = run(settings_, toy, seed=seed)
             assert 400 <= toy.evaluations < 440
@@ -198,7 +206,7 @@ def test_candidates_respect_the_policy_and_stay_near_the_incumbent(kind: type[St
     def valid(candidates: Tensor) -> Tensor:
         return candidates.sum(1) % 5 != 0
 
-    strategy = small(kind, n_replace=n_replace, buffer_size=1, num_steps=12)
+    strategy = small(kind, n_replace=n_replace, join=1, buffer_size=1, num_steps=12)
     run(strategy, toy, allowed=allowed, valid=valid)
     assert all(bool(allowed[s].all()) and bool(valid(s).all()) for s in toy.seen)
     steps = [s for s in toy.seen[1:] if len(s) > 1]
@@ -212,9 +220,82 @@ def test_candidates_respect_the_policy_and_stay_near_the_incumbent(kind: type[St
         assert len({tuple(c) for c in pool.tolist()}) == len(pool)
 
 
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    st.integers(0, 2**16),
+    st.integers(1, 9),
+    st.integers(1, 3),
+)
+def test_joined_strings_have_the_changes_of_the_first_candidates(
+    trigger: list[int], seed: int, limit: int, n_replace: int
+) -> None:
+    incumbent = torch.tensor(trigger)
+    generator = torch.Generator().manual_seed(seed)
+    options = torch.randint(6, 12, (len(trigger), 5), generator=generator)
+    some = draw_swaps(incumbent, options, count=12, n_replace=min(n_replace, len(trigger)), generator=generator)
+    strings = joined_changes(incumbent, some, limit)
+    taken: list[list[int]] = []
+    for candidate in some:
+        where = (candidate != incumbent).nonzero()[:, 0].tolist()
+        if not any(set(where) & set(other) for other in taken):
+            taken.append(where)
+    taken = taken[:limit]
+    assert len(strings) == len(taken) - 1
+    for row, string in enumerate(strings, start=2):
+        assert (string != incumbent).nonzero()[:, 0].tolist() == sorted(itertools.chain(*taken[:row]))
+        assert all(int(token) in (*incumbent[[at]].tolist(), *options[at].tolist()) for at, token in enumerate(string))
+
+
+def test_a_change_at_a_position_taken_is_passed_over() -> None:
+    incumbent = torch.tensor([1, 2, 3])
+    some = torch.tensor([[9, 2, 3], [8, 2, 3], [1, 7, 3], [1, 6, 3], [1, 2, 5]])
+    assert joined_changes(incumbent, some, 8).tolist() == [[9, 7, 3], [9, 7, 5]]
+    assert joined_changes(incumbent, some, 2).tolist() == [[9, 7, 3]]
+    assert joined_changes(incumbent, some, 1).shape == (0, 3)
+    assert joined_changes(incumbent, some[:2], 8).shape == (0, 3)
+    assert joined_changes(incumbent, some[:0], 8).shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", [GCG, RandomSearch])
+def test_changes_that_improve_one_by_one_are_tried_together(kind: type[Strategy]) -> None:
+    def valid(candidates: Tensor) -> Tensor:
+        return candidates.sum(1) % 5 != 0
+
+    toy = Toy()
+    run(small(kind, join=4, buffer_size=1, num_steps=6, check_every=100), toy, valid=valid)
+    several = 0
+    pools = [s for s in toy.seen[1:] if len(s) > 1]
+    for before, pool in itertools.pairwise(pools):
+        incumbent = pool[0]
+        far = pool[(pool != incumbent).sum(1) > 1]
+        assert bool(valid(pool).all())
+        if not len(far):
+            continue
+        # They follow a pool of single changes of the same incumbent, and hold nothing but what improved there.
+        assert before[0].tolist() == incumbent.tolist()
+        several += len(far)
+        assert len(far) <= 3
+        for string in far:
+            for at in (string != incumbent).nonzero()[:, 0].tolist():
+                alone = incumbent.clone()
+                alone[at] = string[at]
+                assert alone.tolist() in before.tolist()
+    assert several > 0
+
+
+def test_joining_reaches_the_optimum_in_fewer_steps() -> None:
+    def steps_needed(join: int) -> int:
+        toy = Toy()
+        _, steps = run(small(join=join, buffer_size=1, contexts_per_step=toy.num_contexts), toy)
+        best = toy.aggregate(toy.score(toy.planted[None], range(toy.num_contexts)))
+        return next(s.step for s in steps if s.score >= float(best[0]) - 1e-6)
+
+    assert steps_needed(8) < steps_needed(1)
+
+
 def test_contexts_are_drawn_anew_each_step() -> None:
     toy = Toy(num_contexts=6, disagree=3.0)
-    run(small(contexts_per_step=2, num_steps=25, check_every=1000), toy)
+    run(small(join=1, contexts_per_step=2, num_steps=25, check_every=1000), toy)
     drawn = [c for c in toy.asked if len(c) == 2]
     assert len(set(drawn)) > 5
     assert all(len(set(c)) == 2 and list(c) == sorted(c) for c in drawn)
@@ -622,7 +703,7 @@ def test_rivals_are_looked_at_one_after_the_other_the_most_promising_first(resco
 @pytest.mark.parametrize("noise", [0.05, 5.0])
 def test_the_next_step_is_foreseen_while_rivals_win(noise: float, buffer_size: int) -> None:
     toy = Noisy(noise=noise, disagree=0.1)
-    settings = small(contexts_per_step=2, num_steps=30, check_every=1000, num_restarts=1, buffer_size=buffer_size)
+    settings = small(join=1, contexts_per_step=2, num_steps=30, check_every=1000, buffer_size=buffer_size)
     run(settings, toy)
     foreseen = [(ahead, toy.prepared[step]) for step, ahead in toy.ahead if ahead]
     assert all(ahead[1] == came[1] for ahead, came in foreseen)
@@ -689,14 +770,14 @@ def test_known_strings_are_not_proposed_again(kind: type[Strategy]) -> None:
             return torch.tensor([tuple(c) in before for c in candidates.tolist()], dtype=torch.bool)
 
     toy = Remembering()
-    run(small(kind, contexts_per_step=3, num_steps=20, topk=40, check_every=1000), toy)
+    run(small(kind, join=1, contexts_per_step=3, num_steps=20, topk=40, check_every=1000), toy)
     proposed: list[tuple[int, ...]] = []
     for pool in toy.seen[1:]:
         # The incumbents compete again; everyone else is new.
         proposed += [tuple(c) for c in pool[2:].tolist()]
     assert len(set(proposed)) == len(proposed) > 200
     forgetful = Toy()
-    run(small(kind, contexts_per_step=3, num_steps=20, topk=40, check_every=1000), forgetful)
+    run(small(kind, join=1, contexts_per_step=3, num_steps=20, topk=40, check_every=1000), forgetful)
     again = [tuple(c) for pool in forgetful.seen[1:] for c in pool[2:].tolist()]
     assert len(set(again)) < len(again)
 

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from trigger_opt.search.moves import distinct, random_triggers
+from trigger_opt.search.moves import distinct, joined_changes, random_triggers
 from trigger_opt.search.protocol import (
     Found,
     OnState,
@@ -44,7 +44,9 @@ class SearchSettings:
     Attributes:
         trigger_length: tokens. num_steps: per restart. num_restarts: independent starts, each with an equal
             share of the budget; what one leaves over goes to the next.
-        search_width: candidates scored in one step. n_replace: positions changed at once.
+        search_width: candidates scored in one step. n_replace: positions changed at once. join: changes of that step
+            that are tried together as well, the best two, the best three and so on up to this many, where each is
+            better than the incumbent alone; at most `join` - 1 strings more. 1: none.
         topk: options a position. prior_share: of these, how many are tokens of the prior (`Seeds.prior`), where there
             is one; the others are as without it. buffer_size: best strings of a step that compete again in the next.
         contexts_per_step: search contexts drawn for a step. check_every: steps between scorings on all of them.
@@ -59,6 +61,7 @@ class SearchSettings:
     topk: Annotated[int, Field(ge=1)] = 128
     prior_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     n_replace: Annotated[int, Field(ge=1)] = 1
+    join: Annotated[int, Field(ge=1)] = 8
     buffer_size: Annotated[int, Field(ge=1)] = 2
     contexts_per_step: Annotated[int, Field(ge=1)] = 4
     check_every: Annotated[int, Field(ge=1)] = 5
@@ -216,9 +219,16 @@ class Searcher:
         keep, incumbents = self._settings.buffer_size, len(buffer)
         pool = distinct(torch.cat([buffer, rivals]))
         few = max(keep, self._settings.rescore + incumbents)
+        asked = max(few, incumbents + self._settings.join) if incumbents else few
         # A buffer that is not full yet has room below its worst.
         bar = incumbents if incumbents >= keep else 0
-        scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=few, incumbents=bar))
+        scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=asked, incumbents=bar))
+        joined = self._joined(pool, scores, contexts) if incumbents else pool[:0]
+        if len(joined):
+            # Of the strings of before, whose scores are remembered, only those that can still be chosen.
+            rest = scores[incumbents:].argsort(descending=True, stable=True)[:few] + incumbents
+            pool = distinct(torch.cat([pool[:incumbents], joined, pool[rest]]))
+            scores = self._scorer.aggregate(self._scorer.score(pool, contexts, keep=few, incumbents=bar))
         best = [r for r in scores.argsort(descending=True, stable=True)[:few].tolist() if scores[r] > -torch.inf]
         rivals_seen = [r for r in best if r >= incumbents][: max(keep, self._settings.rescore)]
         rows = [*range(incumbents), *rivals_seen]
@@ -227,6 +237,16 @@ class Searcher:
             pool, scores = refined
         order = scores.argsort(descending=True, stable=True)[:keep]
         return pool[order], float(scores[order[0]])
+
+    def _joined(
+        self, pool: Int[Tensor, "batch trigger"], scores: Float[Tensor, " batch"], contexts: Sequence[int]
+    ) -> Int[Tensor, "joined trigger"]:
+        """Changes of the incumbent, which is first in `pool`, that improve on it one by one, several at once."""
+        best = scores.argsort(descending=True, stable=True)[: self._settings.join]
+        better = pool[best[scores[best] > scores[0]]]
+        strings = joined_changes(pool[0], better, self._settings.join)
+        strings = strings[~self._scorer.known(strings, contexts)]
+        return strings[self._valid(strings)]
 
     def _refined(
         self, pool: Tensor, incumbents: int, contexts: Sequence[int], upcoming: Sequence[int]

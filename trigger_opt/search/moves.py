@@ -51,6 +51,27 @@ def draw_swaps(
     return distinct(candidates)
 
 
+def joined_changes(
+    trigger: Int[Tensor, " trigger"], candidates: Int[Tensor, "batch trigger"], limit: int
+) -> Int[Tensor, "joined trigger"]:
+    """`trigger` with the changes of the first two `candidates` at once, of the first three, up to `limit`.
+
+    A candidate that changes a position which one before it changes is passed over. After the multi-coordinate
+    update of Jia et al. 2024 (arXiv 2405.21018), section 4.3, where later changes overwrite earlier ones.
+    """
+    string, taken = trigger, torch.zeros(len(trigger), dtype=torch.bool)
+    rows: list[Tensor] = []
+    for candidate in candidates:
+        changed = candidate != trigger
+        if bool((changed & taken).any()):
+            continue
+        string, taken = torch.where(changed, candidate, string), taken | changed
+        rows.append(string)
+        if len(rows) == limit:
+            break
+    return torch.stack(rows[1:]) if len(rows) > 1 else trigger.repeat(0, 1)
+
+
 def random_options(
     trigger: Int[Tensor, " trigger"],
     allowed: Bool[Tensor, " vocab"],
