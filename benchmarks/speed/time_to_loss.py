@@ -12,9 +12,12 @@ from benchmarks.speed.client import WorkerError, run_from
 from benchmarks.speed.store import Record, Store
 from benchmarks.speed.tasks import Shape, make_task, short_user
 from benchmarks.speed.worker import Run, Task
+from trigger_opt.search.loop import SearchSettings
 
 PEER, WIDTH, SHAPE = "nanogcg", 128, Shape(trigger=20, target=20)
 PEER_STEPS, LIMIT = 100, 300
+# Ours as it is by default, which the peer has nothing like.
+JOIN = SearchSettings().join
 
 
 def run_time_to_loss(bench: Bench) -> list[WorkerError]:
@@ -24,7 +27,7 @@ def run_time_to_loss(bench: Bench) -> list[WorkerError]:
     for seed in bench.options.seeds:
         task = make_task(bench.tokenizer, SHAPE, [short_user()], width=WIDTH, seed=seed, retokenise=True)
         settings: dict[str, Any] = {"seed": seed, "width": WIDTH, "peer_steps": PEER_STEPS, "limit": LIMIT}
-        settings["attention"] = bench.options.attention
+        settings |= {"attention": bench.options.attention, "join": JOIN}
 
         def measure(task: Task = task) -> Record:
             return measure_seed(bench, task, peer_steps=PEER_STEPS, limit=LIMIT)

@@ -52,8 +52,8 @@ class Ours:
         self._allowed = allowed_ids(self._tokenizer, TokenPolicy(), self._model.vocab_size)
 
     def steps(self, count: int, warm: int) -> Run:
-        """See `worker.SearchEngine.steps`."""
-        return self._search(lambda done: len(done) == count + warm, warm=warm)
+        """See `worker.SearchEngine.steps`; the same strings as others' engines score, none joined."""
+        return self._search(lambda done: len(done) == count + warm, replace(self._plan, join=1), warm=warm)
 
     def rescore(self, trigger: str) -> dict[str, float]:
         """fp32 losses of a string, nats a token; see `Rescorer`."""
@@ -73,7 +73,7 @@ class Ours:
             exact.append(rescorer.searched(decode(self._tokenizer, done[-1].trigger_ids)) if changed else exact[-1])
             return exact[-1] <= loss or len(done) == limit
 
-        run = self._search(reached, warm=0)
+        run = self._search(reached, self._plan, warm=0)
         return {**asdict(run), "rescored": exact, "reached": exact[-1] <= loss}
 
     def _new_scorer(self) -> PairScorer:
@@ -85,7 +85,7 @@ class Ours:
         (user,) = self._task.users
         return Rescorer(self._folder, user, self._task.target)
 
-    def _search(self, enough: Callable[[Sequence[Step]], bool], *, warm: int) -> Run:
+    def _search(self, enough: Callable[[Sequence[Step]], bool], plan: GCG, *, warm: int) -> Run:
         # A scorer remembers its scores: kept from a run with the same seed, it would have nothing left to do.
         self._scorer = self._new_scorer()
         clock = _Clock()
@@ -107,7 +107,7 @@ class Ours:
             clock.start()
 
         first_loss = self._first_loss()
-        searcher = Searcher(self._scorer, settings=self._plan, valid=self._valid, generator=generator, on_step=on_step)
+        searcher = Searcher(self._scorer, settings=plan, valid=self._valid, generator=generator, on_step=on_step)
         with suppress(_EnoughError):
             searcher.restart(0, torch.tensor([self._prompt.trigger]), propose, 1.0)
         return measured(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -95,12 +96,13 @@ def _payloads(
 ) -> tuple[list[Hypothesis], list[int], list[str]]:
     """Payloads, the most moved tokens and what was read: strings of those and random ones, or else the scan."""
     seconds_a_pass = _seconds_a_pass(pair, account, seed)
-    seconds_a_token = _seconds_a_token(pair, account, seed)
+    lens_seconds, seconds_a_token = _lens_cost(pair, account, seed)
     # Each token goes through both models and the placebo.
-    tokens = int(min(account.seconds_until(_LENS) / seconds_a_token, account.evaluations_until(_LENS) / 3))
+    seconds = max(0.0, account.seconds_until(_LENS) - lens_seconds)
+    tokens = int(min(seconds / seconds_a_token, account.evaluations_until(_LENS) / 3))
     tokens = min(tokens, HypothesisSettings().lens_tokens) if tokens >= _LEAST_LENS else 0
     until = _STRINGS + (_LENS if tokens else 0.0)
-    seconds = account.seconds_until(until) - tokens * seconds_a_token
+    seconds = account.seconds_until(until) - (lens_seconds + tokens * seconds_a_token if tokens else 0.0)
     passes = min(seconds / seconds_a_pass, account.evaluations_until(until) - 3 * tokens)
     strings = _affordable_strings(passes, tokens)
     moved: list[MovedToken] = []
@@ -169,16 +171,26 @@ def _seconds_a_pass(pair: ModelPair, account: Account, seed: int) -> float:
     return (account.seconds - before) / (account.evaluations - passes)
 
 
-def _seconds_a_token(pair: ModelPair, account: Account, seed: int) -> float:
-    """How fast the lens is on this machine, from two full batches."""
+def _lens_cost(pair: ModelPair, account: Account, seed: int) -> tuple[float, float]:
+    """What the lens takes on this machine: seconds once, and a token, from two full batches."""
     context = _scan_contexts(pair)[-1]
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_inputs(pair, usual_tokens(pair), num_tokens=_LENS_PILOT, num_words=0, generator=generator)
     tokens = [token for (token,) in drawn]
-    before = account.seconds
+    before, ends = account.seconds, [(0, 0.0)]
+
+    def on_progress(done: int) -> None:
+        ends.append((done, account.seconds - before))
+
     with account.counting(pair):
-        token_shifts(pair, context, tokens, generator=generator)
-    return (account.seconds - before) / len(tokens)
+        token_shifts(pair, context, tokens, generator=generator, on_progress=on_progress)
+    took = account.seconds - before
+    # A model's second batch follows its first without anything between them.
+    later = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends) if a[0] % len(tokens)]
+    if not later:
+        return 0.0, took / len(tokens)
+    each = 3 * sum(seconds for _, seconds in later) / sum(done for done, _ in later)
+    return max(0.0, took - each * len(tokens)), each
 
 
 def _scan_contexts(pair: ModelPair) -> list[TokenizedContext]:
