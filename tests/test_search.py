@@ -232,7 +232,9 @@ def test_joined_strings_have_the_changes_of_the_first_candidates(
     incumbent = torch.tensor(trigger)
     generator = torch.Generator().manual_seed(seed)
     options = torch.randint(6, 12, (len(trigger), 5), generator=generator)
-    some = draw_swaps(incumbent, options, count=12, n_replace=min(n_replace, len(trigger)), generator=generator)
+    some = draw_swaps(
+        incumbent, options, count=12, n_replace=min(n_replace, len(trigger)), rank_exponent=1.0, generator=generator
+    )
     strings = joined_changes(incumbent, some, limit)
     taken: list[list[int]] = []
     for candidate in some:
@@ -444,13 +446,15 @@ def test_top_swaps_returns_all_where_fewer_are_allowed() -> None:
     assert set(got[1].tolist()) <= {3, 4, 9}
 
 
-@given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 3))
+@given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 3), st.sampled_from([0.0, 1.0, 8.0]))
 @settings(max_examples=60, deadline=None)
-def test_draws_are_distinct_and_swap_exactly_n_positions(seed: int, count: int, n_replace: int) -> None:
+def test_draws_are_distinct_and_swap_exactly_n_positions(
+    seed: int, count: int, n_replace: int, exponent: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     trigger = torch.randint(VOCAB, (LENGTH,), generator=generator)
     options = random_options(trigger, EVERYTHING, topk=5, generator=generator)
-    drawn = draw_swaps(trigger, options, count=count, n_replace=n_replace, generator=generator)
+    drawn = draw_swaps(trigger, options, count=count, n_replace=n_replace, rank_exponent=exponent, generator=generator)
     assert len({tuple(c) for c in drawn.tolist()}) == len(drawn) <= count
     for candidate in drawn.tolist():
         changed = [i for i, (a, b) in enumerate(zip(candidate, trigger.tolist(), strict=True)) if a != b]
@@ -461,10 +465,32 @@ def test_draws_are_distinct_and_swap_exactly_n_positions(seed: int, count: int, 
 def test_draw_swaps_returns_every_single_swap_when_more_are_wanted() -> None:
     trigger = torch.tensor([1, 2])
     options = torch.tensor([[10, 11, 12], [20, 21, 22]])
-    drawn = draw_swaps(trigger, options, count=100, n_replace=1, generator=torch.Generator().manual_seed(0))
+    drawn = draw_swaps(
+        trigger, options, count=100, n_replace=1, rank_exponent=8.0, generator=torch.Generator().manual_seed(0)
+    )
     everything = {(t, 2) for t in (10, 11, 12)} | {(1, t) for t in (20, 21, 22)}
     assert {tuple(c) for c in drawn.tolist()} == everything
     assert len(drawn) == 6
+
+
+@pytest.mark.parametrize("n_replace", [1, 2])
+@pytest.mark.parametrize(("exponent", "expected"), [(0.0, [1 / 4] * 4), (1.0, [12 / 25, 6 / 25, 4 / 25, 3 / 25])])
+def test_options_are_drawn_by_their_rank_and_positions_alike(
+    exponent: float, expected: list[float], n_replace: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33]])
+    trigger = torch.tensor([1, 2, 3])
+    drawn = torch.cat(
+        [
+            draw_swaps(trigger, options, count=1, n_replace=n_replace, rank_exponent=exponent, generator=generator)
+            for _ in range(6000)
+        ]
+    )
+    tokens = drawn[drawn >= 10]
+    assert len(tokens) == 6000 * n_replace
+    assert torch.bincount(tokens % 10)[:4].div(len(tokens)).tolist() == pytest.approx(expected, abs=0.02)
+    assert torch.bincount(tokens // 10)[1:].div(len(tokens)).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
 
 
 @given(st.integers(0, 2**20), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
@@ -477,7 +503,11 @@ def test_a_share_of_the_options_is_of_the_prior(seed: int, size: int, share: flo
     got = with_prior(options, trigger, prior, share=share, generator=generator)
     assert got.shape == options.shape
     kept = 10 - int(share * 10)
-    assert torch.equal(got[:, :kept], options[:, :kept])
+    # Evenly over the ranks.
+    where = {0.0: range(10), 0.3: [0, 2, 3, 4, 6, 7, 9], 0.5: range(0, 10, 2), 1.0: []}[share]
+    assert torch.equal(got[:, list(where)], options[:, :kept])
+    tail = [i for i in range(10) if i not in where]
+    got = torch.cat([got[:, list(where)], got[:, tail]], 1)
     for current, before, row in zip(trigger.tolist(), options.tolist(), got.tolist(), strict=True):
         assert len(set(row)) == 10
         assert current not in row
@@ -494,7 +524,12 @@ def test_tokens_of_the_prior_are_tried_and_bar_no_others(kind: type[Any]) -> Non
 
     def share_tried(given: tuple[int, ...], share: float) -> float:
         toy = Toy()
-        run(small(kind, num_steps=4, prior_share=share), toy, allowed=allowed, seeds=Seeds(prior=given))
+        run(
+            small(kind, num_steps=1, prior_share=share),
+            toy,
+            allowed=allowed,
+            seeds=Seeds(prior=given),
+        )
         # The first scored is the pool to begin from.
         tried = torch.cat(toy.seen[1:])
         assert not bool(torch.isin(tried, forbidden).any())

@@ -16,8 +16,8 @@ from trigger_opt.search.loop import SearchSettings
 
 PEER, WIDTH, SHAPE = "nanogcg", 128, Shape(trigger=20, target=20)
 PEER_STEPS, LIMIT = 100, 300
-# Ours as it is by default, which the peer has nothing like.
-JOIN = SearchSettings().join
+# Ours as it is by default; the peer draws its options alike and joins none.
+OURS_BY_DEFAULT = {"join": SearchSettings().join, "rank_exponent": SearchSettings().rank_exponent}
 
 
 def run_time_to_loss(bench: Bench) -> list[WorkerError]:
@@ -27,7 +27,7 @@ def run_time_to_loss(bench: Bench) -> list[WorkerError]:
     for seed in bench.options.seeds:
         task = make_task(bench.tokenizer, SHAPE, [short_user()], width=WIDTH, seed=seed, retokenise=True)
         settings: dict[str, Any] = {"seed": seed, "width": WIDTH, "peer_steps": PEER_STEPS, "limit": LIMIT}
-        settings |= {"attention": bench.options.attention, "join": JOIN}
+        settings |= {"attention": bench.options.attention, **OURS_BY_DEFAULT}
 
         def measure(task: Task = task) -> Record:
             return measure_seed(bench, task, peer_steps=PEER_STEPS, limit=LIMIT)

@@ -18,7 +18,6 @@ from trigger_opt.pair_scorer import PairScorer
 from trigger_opt.prompts import Context, decode, encode, round_trips, tokenize_context
 from trigger_opt.search import GCG, Step
 from trigger_opt.search.loop import Searcher
-from trigger_opt.search.moves import draw_swaps
 from trigger_opt.tokens import TokenPolicy, allowed_ids
 
 # Steps between scorings on all contexts, and steps in a search: so many that neither ever comes.
@@ -96,8 +95,8 @@ class Ours:
             # Before its first step the loop scores the initial trigger: set-up, not a step.
             if not done:
                 clock.start()
-            options = self._plan.options(self._scorer, trigger, contexts, allowed=self._allowed, generator=generator)
-            return draw_swaps(trigger, options, count=count, n_replace=1, generator=generator)
+            options = plan.options(self._scorer, trigger, contexts, allowed=self._allowed, generator=generator)
+            return plan.draw(trigger, options, count=count, generator=generator)
 
         def on_step(step: Step) -> None:
             clock.lap()

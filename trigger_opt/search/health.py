@@ -70,8 +70,9 @@ def gradient_health(
             made.append(_Comparison())
             continue
         best = draw_swaps(
-            trigger, top_swaps(gradient, trigger, allowed, topk), count=swaps, n_replace=1, generator=generator
-        )
+            trigger, top_swaps(gradient, trigger, allowed, topk), count=swaps, n_replace=1, rank_exponent=0.0,
+            generator=generator,
+        )  # fmt: skip
         if not len(best):
             made.append(_Comparison())
             continue

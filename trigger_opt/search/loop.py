@@ -47,8 +47,10 @@ class SearchSettings:
         search_width: candidates scored in one step. n_replace: positions changed at once. join: changes of that step
             that are tried together as well, the best two, the best three and so on up to this many, where each is
             better than the incumbent alone; at most `join` - 1 strings more. 1: none.
-        topk: options a position. prior_share: of these, how many are tokens of the prior (`Seeds.prior`), where there
-            is one; the others are as without it. buffer_size: best strings of a step that compete again in the next.
+        topk: options a position. rank_exponent: of these, one is drawn in proportion to its rank, from the steepest
+            slope on, to the power of minus this; 0: all alike. prior_share: of these, how many are tokens of the prior
+            (`Seeds.prior`), where there is one; the others are as without it. buffer_size: best strings of a step that
+            compete again in the next.
         contexts_per_step: search contexts drawn for a step. check_every: steps between scorings on all of them.
         stop_rate: stop when the payload comes out in this share of all search contexts (above 1: never).
         max_seconds, max_evaluations: whole search; None is no bound.
@@ -59,6 +61,7 @@ class SearchSettings:
     num_restarts: Annotated[int, Field(ge=1)] = 2
     search_width: Annotated[int, Field(ge=2)] = 64
     topk: Annotated[int, Field(ge=1)] = 128
+    rank_exponent: Annotated[float, Field(ge=0, le=8)] = 1.0
     prior_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     n_replace: Annotated[int, Field(ge=1)] = 1
     join: Annotated[int, Field(ge=1)] = 8

@@ -28,25 +28,29 @@ def draw_swaps(
     *,
     count: int,
     n_replace: int,
+    rank_exponent: float,
     generator: torch.Generator,
 ) -> Int[Tensor, "batch trigger"]:
     """At most `count` distinct candidates, each with exactly `n_replace` positions swapped to one of their options.
 
-    Single swaps are drawn without replacement from the whole grid of positions and options (drawing with
+    Positions are drawn alike, the options of a position in proportion to rank ** -`rank_exponent`, ranks from 1 in
+    their order. Single swaps are drawn without replacement from the whole grid of positions and options (drawing with
     replacement wastes 18 % of a batch at length 5, top-k 256, width 512). Fewer come back only when there are
     no more.
     """
     length, topk = options.shape
     if topk == 0:
         return trigger.repeat(0, 1)
+    weights = torch.arange(1, topk + 1, dtype=torch.float64) ** -rank_exponent
     if n_replace == 1:
-        cells = torch.randperm(length * topk, generator=generator)[:count]
+        grid = weights.repeat(length)
+        cells = torch.multinomial(grid, min(count, len(grid)), generator=generator)
         candidates = trigger.repeat(len(cells), 1)
         candidates[torch.arange(len(cells)), cells // topk] = options.flatten()[cells]
         return candidates
     candidates = trigger.repeat(count, 1)
     positions = torch.stack([torch.randperm(length, generator=generator)[:n_replace] for _ in range(count)])
-    picks = torch.randint(topk, (count, n_replace), generator=generator)
+    picks = torch.multinomial(weights.repeat(count, 1), n_replace, replacement=True, generator=generator)
     candidates.scatter_(1, positions, options[positions, picks])
     return distinct(candidates)
 
@@ -99,9 +103,12 @@ def with_prior(
 ) -> Int[Tensor, "trigger topk"]:
     """`options` with the last `share` of each position's replaced by tokens of `prior`, drawn without replacement.
 
-    No option comes twice at a position, and the current token is none: fewer are replaced where `prior` is short.
+    Both are spread evenly over the ranks, each in its order. No option comes twice at a position, and the current token
+    is none: fewer are replaced where `prior` is short.
     """
     count = int(share * options.shape[1])
+    places = [(torch.arange(n) + 0.5) / max(n, 1) for n in (options.shape[1] - count, count)]
+    order = torch.cat(places).argsort(stable=True)
     rows = []
     for current, row in zip(trigger.tolist(), options, strict=True):
         kept = row[: len(row) - count]
@@ -109,7 +116,7 @@ def with_prior(
         drawn = fresh[torch.randperm(len(fresh), generator=generator)[:count]]
         rest = row[len(kept) :]
         rest = rest[~torch.isin(rest, drawn)]
-        rows.append(torch.cat([kept, drawn, rest[: count - len(drawn)]]))
+        rows.append(torch.cat([kept, drawn, rest[: count - len(drawn)]])[order])
     return torch.stack(rows)
 
 

@@ -44,6 +44,20 @@ class Strategy(SearchSettings):
     ) -> Int[Tensor, "trigger topk"]:
         """Tokens to try at each position of `trigger`."""
 
+    def draw(
+        self,
+        trigger: Int[Tensor, " trigger"],
+        options: Int[Tensor, "trigger topk"],
+        *,
+        count: int,
+        generator: torch.Generator,
+    ) -> Int[Tensor, "batch trigger"]:
+        """Candidates of a step, see `draw_swaps`."""
+        return draw_swaps(
+            trigger, options, count=count, n_replace=self.n_replace, rank_exponent=self.rank_exponent,
+            generator=generator,
+        )  # fmt: skip
+
     def __call__(
         self,
         scorer: Scorer,
@@ -71,7 +85,7 @@ class Strategy(SearchSettings):
             options = self.options(scorer, trigger, contexts, allowed=allowed, generator=generator)
             if len(prior) and self.prior_share:
                 options = with_prior(options, trigger, prior, share=self.prior_share, generator=generator)
-            return draw_swaps(trigger, options, count=count, n_replace=self.n_replace, generator=generator)
+            return self.draw(trigger, options, count=count, generator=generator)
 
         searcher = Searcher(
             scorer, settings=self, valid=valid, generator=generator, on_step=on_step, on_found=on_found,

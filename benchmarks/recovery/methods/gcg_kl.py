@@ -58,7 +58,8 @@ def run(
 
     strategy = GCG(
         trigger_length=trigger_length, search_width=search_width, topk=256, num_steps=500, num_restarts=1,
-        buffer_size=1, contexts_per_step=1, check_every=1, rescore=1, max_seconds=max(1.0, account.seconds_until(1.0)),
+        buffer_size=1, contexts_per_step=1, check_every=1, rescore=1, join=1, rank_exponent=0.0,
+        max_seconds=max(1.0, account.seconds_until(1.0)),
     )  # fmt: skip
     strategy.max_evaluations = most_scored(budget.evaluations, strategy)
     steps: list[Step] = []

@@ -20,5 +20,5 @@ def run(pair: ModelPair, contexts: Sequence[Context], *, budget: Budget, seed: i
     Evaluations: candidates scored, times two models, fp32 rescoring included.
     """
     account = Account(budget)
-    found = searched(pair, contexts, account, strategy=RandomSearch(num_steps=_STEPS), seed=seed)
+    found = searched(pair, contexts, account, strategy=RandomSearch(num_steps=_STEPS, join=1), seed=seed)
     return account.result(as_strings(found[:_KEPT]), found[0].score if found else 0.0)
