@@ -102,7 +102,7 @@ def test_the_toy_is_a_scorer() -> None:
 def test_a_right_gradient_is_informative() -> None:
     found = health(Table())
     assert found.verdict == "informative"
-    assert found.win_share > 0.85
+    assert found.win_share > 0.8
     assert found.low < found.win_share <= found.high
     assert (found.zero_share, found.num_strings, found.num_swaps, found.topk) == (0.0, 8, 320, 10)
 
