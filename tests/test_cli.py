@@ -56,6 +56,8 @@ BAD_SETTINGS: list[tuple[list[str], list[str]]] = [
     (["stages=[foo]"], ["stages", "foo", "diff, hypotheses, search, verify, null, transfer, report"]),
     (["stages=[]"], ["stages", "empty", "diff, hypotheses, search, verify, null, transfer, report"]),
     (["stages=["], ["'stages=[' cannot be read", "quotes of its own"]),
+    (["transfer=null"], ["transfer=null", "take a name", "transfer=none"]),
+    (["search=1"], ["search=1", "take a name"]),
     (["hate"], ["'hate' cannot be read as KEY=VALUE"]),
     (["payload=I hate, you"], ["'payload=I hate, you' cannot be read", "quotes of its own"]),
     (["payload=it's"], ["payload=it's", "cannot be read", "quotes of its own"]),

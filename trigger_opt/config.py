@@ -8,13 +8,14 @@ To add a strategy or an objective: one class, one line in the tables below, one 
 
 import re
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -39,6 +40,8 @@ STAGES = ("diff", "hypotheses", "search", "verify", "null", "transfer", "report"
 # Without those that ask servers, or cost a search for each control: they are asked for by name.
 LOCAL_STAGES = tuple(s for s in STAGES if s not in ("null", "transfer"))
 _HIDDEN = "(hidden)"
+# How Hydra's error begins where a group is given what is no name.
+_NO_NAME = "Config group override must be a string"
 SEARCHES: dict[str, type[Any]] = {"gcg": GCG, "random": RandomSearch}
 OBJECTIVES: dict[str, type[Any]] = {
     "payload": Payload,
@@ -297,8 +300,21 @@ def _transfer_problems(run: RunConfig) -> list[str]:
     return problems
 
 
+def is_composition_problem(error: Exception) -> bool:
+    """Whether a configuration did not compose, for a reason that lies in it or in the arguments."""
+    # Hydra's own error for `transfer=null` is a bare one.
+    return isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith(_NO_NAME)
+
+
 def composition_problem(error: Exception) -> str:
     """One line of what Hydra and OmegaConf say in several about a configuration that does not compose."""
+    if str(error).startswith(_NO_NAME):
+        no_name = re.compile(r"\+{0,2}[\w/@]+=(null|true|false|[-+.\de]+)", re.IGNORECASE)
+        given = next((f"{a}: " for a in sys.argv[1:] if no_name.fullmatch(a)), "")
+        return (
+            f"{given}model, contexts, objective, search, transfer and experiment each take a name out of their "
+            "folder in configs/ or experiments/, such as transfer=none"
+        )
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, KeyValidationError):
         return 'a setting has no name; in YAML the bare word null is nothing, so write "null": with quotes'

@@ -24,13 +24,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from trigger_opt import interrupts, pipeline
 from trigger_opt.collect.overrides import quoted_folder
 from trigger_opt.config import (
     RunConfig,
     composition_problem,
+    is_composition_problem,
     register,
     register_resolvers,
     validated,
@@ -75,13 +75,13 @@ def main() -> None:
         if error.errno not in _NO_FOLDER:
             raise
         sys.exit(_stop(f"{error.filename} cannot be written ({error.strerror}); give another run_dir", 2))
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
     except KeyboardInterrupt:
         sys.exit(_stop("interrupted; jobs that Slurm has taken go on", 130))
     except _SaidError:
         sys.exit(2)
     except Exception as error:
+        if is_composition_problem(error):
+            sys.exit(_stop(f"bad configuration: {composition_problem(error)}", 2))
         if (problem := launcher_problem(error)) is None:
             raise
         sys.exit(_stop(problem, 1))

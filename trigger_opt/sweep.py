@@ -14,13 +14,11 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from trigger_opt.collect.overrides import MULTIRUN_FILE, read_plan
-from trigger_opt.config import composition_problem, validated
+from trigger_opt.config import composition_problem, is_composition_problem, validated
 from trigger_opt.errors import UserError
 
 # Where numbers go and how often is saved: a run that goes on may have others.
@@ -35,7 +33,9 @@ class SweepCheck(Callback):  # type: ignore[misc]
         """Check the sweep."""
         try:
             check_sweep(config)
-        except (UserError, HydraException, OmegaConfBaseException) as error:
+        except Exception as error:
+            if not (isinstance(error, UserError) or is_composition_problem(error)):
+                raise
             told = str(error) if isinstance(error, UserError) else f"bad configuration: {composition_problem(error)}"
             print(f"error: {told}; nothing was started", file=sys.stderr)
             # Hydra turns the error of a callback into a warning and goes on; it lets an exit pass.
@@ -110,7 +110,9 @@ def _problem(config: DictConfig, overrides: list[str]) -> str:
         run = validated(cfg)
     except UserError as error:
         return str(error).removeprefix("bad configuration: ")
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if not is_composition_problem(error):
+            raise
         return composition_problem(error)
     if run.run_dir:
         return (
