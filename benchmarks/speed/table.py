@@ -139,12 +139,13 @@ def _time_to_loss(records: Records) -> str:
     if not rows:
         return ""
     asked = next(iter(records.values()))["settings"]
+    exponent = asked.get("rank_exponent", 0)
+    drawn = f"in proportion to rank ** -{exponent:g}" if exponent else "alike"
     said = (
         f"nanoGCG's best string of {asked['peer_steps']} steps, at width {asked['width']} with its filter on, and ours "
         f"until its string is as good (at most {asked['limit']} steps); losses in nats a token, of the strings, by one "
         "fp32 forward. nanoGCG's time is counted up to the step that found its best. Ours tries up to "
-        f"{asked.get('join', 1)} changes of a step together as well, and draws the options of a position by "
-        f"rank ** -{asked.get('rank_exponent', 0):g}. "
+        f"{asked.get('join', 1)} changes of a step together as well, and draws the options of a position {drawn}. "
         f"Median ratio {figures(median(r['ratio'] for r in records.values()))}."
     )
     return _section("Until a string is as good", said, heads, rows)
